@@ -1,0 +1,1 @@
+"""Value types, errors, wire cursors, timers and limits that everything else stands on; imports nothing of ours."""

@@ -1,0 +1,1 @@
+"""Signed records and the Kademlia overlay of hubs that keeps them."""

@@ -1,0 +1,1 @@
+"""Where the machine is touched: sockets, TUN, netlink, workers, control socket."""

@@ -1,0 +1,1 @@
+"""Keys, certificates, the network document, invitations and enrolment: who may do what."""

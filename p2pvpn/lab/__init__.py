@@ -1,0 +1,1 @@
+"""The namespace laboratory behind p2pvpn demo."""

@@ -1,0 +1,1 @@
+"""The engine: how peers find, call, connect to and keep each other."""

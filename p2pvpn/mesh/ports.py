@@ -1,0 +1,141 @@
+"""What the engine needs of the world: the production side is in `host`, the simulated one in `sim`.
+
+Time is `asyncio.get_running_loop().time()`, monotonic and virtual in simulations; the wall clock and entropy are the
+ports of `core.ports`. Datagrams of the DHT go through `loop.create_datagram_endpoint` on overlay addresses, which the
+simulation's loop provides too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from p2pvpn.core.address import Endpoint, IpAddress, IpNetwork, Path
+from p2pvpn.core.child import ChildSa
+
+
+class Underlay(Protocol):
+    """The shared UDP socket, one per address family: everything but ESP arrives here, still as it was on the wire."""
+
+    on_datagram: Callable[[Path, bytes], None]
+    """Called for each datagram that is not for the ESP socket; `path.local.host` is the address it came to."""
+    on_change: Callable[[], None]
+    """Called when an address, a link or the default route of the machine changed."""
+
+    @property
+    def port(self) -> int:
+        """The local port of both families."""
+        ...
+
+    def send(self, path: Path, data: bytes) -> None:
+        """Send, best effort: an unroutable or full network loses the packet, never raises."""
+        ...
+
+    def local_endpoints(self) -> Sequence[Endpoint]:
+        """Addresses of the machine that a peer might reach (not loopback, not link-local, not ours), with our port."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class SaUsage:
+    """Counters of one Child SA; `last_in_at` is the monotonic time of the last authenticated packet, 0.0 for never."""
+
+    packets_in: int = 0
+    bytes_in: int = 0
+    packets_out: int = 0
+    bytes_out: int = 0
+    last_in_at: float = 0.0
+    last_out_at: float = 0.0
+    sequence_out: int = 0
+
+
+class Plane(Protocol):
+    """What encrypts packets: worker process or kernel. `network` names one TUN device and its traps.
+
+    Inbound and outbound are apart, so that a change of SA loses nothing: `install` makes an SA able to receive on both
+    ends, then `use` turns the traffic of its remote selectors to it.
+    """
+
+    on_trapped: Callable[[str, bytes], None]
+    """(network, inner IP packet): a packet for an overlay address that no SA in use covers."""
+    on_moved: Callable[[int, Endpoint], None]
+    """(child id, outer source): an authenticated packet, newer than all before, came from an address that is not the
+    path's. A hint for the path agent, never a command; said once per new address."""
+
+    async def open_network(
+        self, network: str, addresses: Sequence[IpAddress], routes: Sequence[IpNetwork], mtu: int
+    ) -> str:
+        """Make the network's TUN device with these addresses and routes; returns the device's name."""
+        ...
+
+    async def close_network(self, network: str) -> None:
+        """Remove the device and every SA of the network."""
+        ...
+
+    async def install(self, child: ChildSa) -> None:
+        """Accept ESP of this SA; send nothing over it yet. Raises LocalError when the id or SPI is taken."""
+        ...
+
+    async def use(self, child_id: int) -> None:
+        """Send the traffic of the SA's remote selectors over it from now on; a former SA for them keeps receiving."""
+        ...
+
+    async def move(self, child_id: int, path: Path) -> None:
+        """Send over this path from now on; sequence numbers and replay window stay."""
+        ...
+
+    async def remove(self, child_id: int) -> None:
+        """Forget the SA; unknown ids are ignored."""
+        ...
+
+    async def inject(self, network: str, packets: Sequence[bytes]) -> None:
+        """Send these inner packets, trapped before, in order, over the SAs in use now."""
+        ...
+
+    async def usage(self, child_ids: Sequence[int]) -> dict[int, SaUsage]:
+        """Counters of those SAs that exist."""
+        ...
+
+
+class Forwarder(Protocol):
+    """Where relay ports live on a hub: a pair of UDP ports per allocation, bytes in at one leave from the other."""
+
+    on_unbound: Callable[[int, Endpoint, bytes], None]
+    """(port, source, datagram): a packet at one of our relay ports from a source that is not bound there."""
+
+    async def open_pair(self) -> tuple[int, int]:
+        """Open two ports, at all public addresses of the hub. Raises LocalError when there is none left."""
+        ...
+
+    def bind(self, port: int, source: Endpoint) -> None:
+        """Packets at `port` from `source` leave unchanged from the twin port to the twin's bound source from now on."""
+        ...
+
+    def answer(self, port: int, to: Endpoint, data: bytes) -> None:
+        """Send bytes of the relay itself from one of its ports."""
+        ...
+
+    def used_at(self, port: int) -> tuple[float, int]:
+        """Monotonic time of the last forwarded packet of the pair, and bytes forwarded so far, both directions."""
+        ...
+
+    def close_pair(self, port: int) -> None:
+        """Close both ports of the pair that `port` belongs to."""
+        ...
+
+
+class StateStore(Protocol):
+    """Small named files of one network, each replaced atomically; reading what is not there gives None."""
+
+    def read(self, name: str) -> bytes | None: ...
+
+    def write(self, name: str, data: bytes, *, secret: bool = False) -> None:
+        """Raises LocalError when the disk is full or refuses; the old content stands then."""
+        ...
+
+    def delete(self, name: str) -> None: ...
+
+
+Renew = Callable[[Endpoint, bytes], Awaitable[bytes]]
+"""(issuer's enrolment endpoint, request) -> answer, over TLS pinned to the issuer by what the request says."""

@@ -1,0 +1,1 @@
+"""ICE-style hole punching (RFC 8445), sans-IO."""

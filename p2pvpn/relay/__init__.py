@@ -1,0 +1,1 @@
+"""Frame-free relaying over pairs of UDP ports, sans-IO."""
