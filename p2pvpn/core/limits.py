@@ -21,12 +21,16 @@ class TokenBucket:
         self._level = burst
         self._at: float | None = None
 
-    def take(self, now: float, tokens: float = 1.0) -> bool:
-        """Whether `tokens` could be had; they are gone then."""
+    def has(self, now: float, tokens: float = 1.0) -> bool:
+        """Whether `tokens` could be had; nothing is taken."""
         if self._at is not None and now > self._at:
             self._level = min(self.burst, self._level + (now - self._at) * self.rate)
         self._at = now if self._at is None else max(now, self._at)
-        if self._level < tokens:
+        return self._level >= tokens
+
+    def take(self, now: float, tokens: float = 1.0) -> bool:
+        """Whether `tokens` could be had; they are gone then."""
+        if not self.has(now, tokens):
             return False
         self._level -= tokens
         return True

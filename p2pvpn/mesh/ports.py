@@ -102,7 +102,9 @@ class Forwarder(Protocol):
     """Where relay ports live on a hub: a pair of UDP ports per allocation, bytes in at one leave from the other."""
 
     on_unbound: Callable[[int, Endpoint, bytes], None]
-    """(port, source, datagram): a packet at one of our relay ports from a source that is not bound there."""
+    """(port, source, datagram): a packet for the relay server itself. That is one from a source that is not bound at
+    this port of ours, one from a bound source while the twin port has no binding, and every relay Binding request
+    (`relay.wire.is_bind`), from bound sources too. Everything else is forwarded and never seen here."""
 
     async def open_pair(self) -> tuple[int, int]:
         """Open two ports, at all public addresses of the hub. Raises LocalError when there is none left."""
