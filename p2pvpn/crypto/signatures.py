@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hmac
 from enum import Enum
 
+from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
@@ -47,6 +49,32 @@ def _hash(scheme: Scheme) -> hashes.SHA256 | hashes.SHA384 | hashes.SHA512:
 def generate_key() -> ec.EllipticCurvePrivateKey:
     """A P-256 key: the kind that TPMs and secure enclaves hold."""
     return ec.generate_private_key(ec.SECP256R1())
+
+
+P256_ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
+"""The order of P-256's base point (FIPS 186-4 appendix D.1.2.3)."""
+
+
+def derived_key(key: ec.EllipticCurvePrivateKey, label: bytes) -> ec.EllipticCurvePrivateKey:
+    """A second P-256 key that follows from the first and says nothing about it.
+
+    512 bits are reduced to 256, so that the bias is far below what counts (FIPS 186-4 appendix B.4.1).
+    """
+    scalar = key.private_numbers().private_value.to_bytes((key.key_size + 7) // 8, "big")
+    wide = int.from_bytes(hmac.digest(scalar, label, "sha512"), "big")
+    return ec.derive_private_key(wide % (P256_ORDER - 1) + 1, ec.SECP256R1())
+
+
+def is_p256(key: PrivateKey | PublicKey) -> bool:
+    """Whether the key is on the curve that every key of our own is on."""
+    if not isinstance(key, ec.EllipticCurvePrivateKey | ec.EllipticCurvePublicKey):
+        return False
+    return isinstance(key.curve, ec.SECP256R1)
+
+
+def sign_certificate(key: ec.EllipticCurvePrivateKey, builder: x509.CertificateBuilder) -> bytes:
+    """The DER certificate that `builder` describes, signed with ECDSA and SHA-256."""
+    return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.DER)
 
 
 def sign(key: PrivateKey, scheme: Scheme, data: bytes) -> bytes:
