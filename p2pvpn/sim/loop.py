@@ -1,0 +1,254 @@
+"""Virtual time: an asyncio event loop whose clock jumps to the next deadline, with its wall clock and entropy.
+
+The loop's selector never blocks. When asyncio asks it to wait `timeout` seconds, the virtual clock moves on by that
+much instead, so an hour of an idle network costs as much as its timers do. Nothing else of asyncio changes: tasks,
+task groups, time-outs and `call_later` run as they are. `create_datagram_endpoint` opens sockets on the simulated
+network that was given to the loop, so library code that opens sockets needs no change either; every other way out to
+the real world fails loudly, because its timing would not repeat.
+
+When no timer is left and no task can run, everybody waits for nothing: `run` says so, and names who waits where.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+import selectors
+from collections.abc import Callable, Coroutine, Mapping
+from contextlib import suppress
+from typing import Any, NoReturn, Protocol, TypeVar
+
+from p2pvpn.core.errors import LocalError
+
+T = TypeVar("T")
+
+START_S = 1_000.0
+"""Virtual monotonic seconds at the start: not 0.0, which means `never` in counters."""
+EPOCH_S = 1_800_000_000.0
+"""Wall clock at the start, seconds since the Unix epoch (January 2027): any fixed instant will do."""
+DEFAULT_LIMIT_S = 3_600.0
+"""Virtual seconds that `run` allows unless told otherwise."""
+SPIN_LIMIT = 1_000_000
+"""Turns of the loop at one instant before somebody is said to spin; a busy instant of 1,000 hosts needs 1 %."""
+UNWIND_S = 60.0
+"""Virtual seconds that cancelled tasks get for their last words."""
+
+
+class SimulationError(LocalError):
+    """The simulation cannot go on, or something in it failed that nobody caught."""
+
+
+class SimulationStuckError(SimulationError):
+    """Everybody waits for nothing, or somebody spins and time stands still."""
+
+
+class SimulationTimeoutError(SimulationError):
+    """The virtual time limit of `run` came before the end of the story."""
+
+
+class UdpNetwork(Protocol):
+    """Where `create_datagram_endpoint` of the loop opens its sockets."""
+
+    def open_udp(
+        self, protocol: asyncio.DatagramProtocol, local: tuple[str, int] | None, remote: tuple[str, int] | None
+    ) -> asyncio.DatagramTransport:
+        """Bind a socket and return its transport. Raises OSError as a real bind does."""
+        ...
+
+
+class _JumpingSelector(selectors.BaseSelector):
+    """Waits by moving the loop's clock."""
+
+    def __init__(self, advance: Callable[[float | None], None]) -> None:
+        self._real = selectors.DefaultSelector()
+        self._advance = advance
+
+    def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
+        return self._real.register(fileobj, events, data)
+
+    def unregister(self, fileobj: Any) -> selectors.SelectorKey:
+        return self._real.unregister(fileobj)
+
+    def get_map(self) -> Mapping[Any, selectors.SelectorKey]:
+        return self._real.get_map()
+
+    def close(self) -> None:
+        self._real.close()
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        if timeout != 0:
+            ready = self._real.select(0)  # only the loop's own wake-up pipe can be in there
+            if ready:
+                return ready
+        self._advance(timeout)
+        return []
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """The event loop of one simulated world.
+
+    `problems` collects what nobody caught: exceptions in callbacks and in tasks that no one awaited. `run` raises
+    SimulationError for them, so that a failure in the background cannot pass unseen.
+    """
+
+    def __init__(self) -> None:
+        self._now = START_S
+        self._limit_at = math.inf
+        self._turns = 0
+        self.network: UdpNetwork | None = None
+        self.problems: list[str] = []
+        super().__init__(_JumpingSelector(self._advance))
+        self.set_exception_handler(self._note_problem)
+
+    def time(self) -> float:
+        """Virtual monotonic seconds."""
+        return self._now
+
+    @property
+    def elapsed(self) -> float:
+        """Virtual seconds since the start."""
+        return self._now - START_S
+
+    def run(self, story: Coroutine[Any, Any, T], limit_s: float = DEFAULT_LIMIT_S) -> T:
+        """Run the story to its end; background tasks stay for the next `run`.
+
+        Raises SimulationStuckError when nothing can happen any more, SimulationTimeoutError when `limit_s` virtual
+        seconds were not enough, and SimulationError for failures in the background.
+        """
+        task = self.create_task(story, name="story")
+        self._limit_at = self._now + limit_s
+        self._turns = 0
+        try:
+            result = self.run_until_complete(task)
+        except (SimulationStuckError, SimulationTimeoutError):
+            self._unwind([task])
+            raise
+        finally:
+            self._limit_at = math.inf
+        self._raise_problems()
+        return result
+
+    def close(self) -> None:
+        """Cancel every task, let each say its last words, and close the loop."""
+        if self.is_closed():
+            return
+        self._unwind(list(asyncio.all_tasks(self)))
+        self.run_until_complete(self.shutdown_asyncgens())
+        super().close()
+
+    def _unwind(self, tasks: list[asyncio.Task[Any]]) -> None:
+        for task in tasks:
+            task.cancel()
+        self._limit_at = self._now + UNWIND_S
+        self._turns = 0
+        with suppress(SimulationError):
+            self.run_until_complete(asyncio.gather(*tasks, return_exceptions=True)) if tasks else None
+        self._limit_at = math.inf
+
+    def _advance(self, timeout: float | None) -> None:
+        if timeout == 0:
+            self._turns += 1
+            if self._turns > SPIN_LIMIT:
+                raise SimulationStuckError(
+                    f"time stands still at {self.elapsed:.6f} s: somebody spins\n{self._waiting()}"
+                )
+            return
+        self._turns = 0
+        if timeout is None:
+            raise SimulationStuckError(f"everybody waits for nothing at {self.elapsed:.6f} s\n{self._waiting()}")
+        if self._now + timeout > self._limit_at:
+            self._now = max(self._now, self._limit_at)
+            raise SimulationTimeoutError(f"not done after {self.elapsed:.3f} virtual seconds\n{self._waiting()}")
+        self._now += timeout
+
+    def _waiting(self) -> str:
+        lines = []
+        for task in asyncio.all_tasks(self):
+            stack = task.get_stack(limit=1)
+            where = f"{stack[-1].f_code.co_filename}:{stack[-1].f_lineno}" if stack else "nowhere"
+            lines.append(f"  {task.get_name()} ({task.get_coro().__qualname__}) at {where}")  # type: ignore[union-attr]
+        return "\n".join(sorted(lines))
+
+    def _note_problem(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        problem = context.get("exception")
+        text = f"{self.elapsed:.6f} s: {context.get('message', '')}"
+        if problem is not None:
+            text += f": {type(problem).__name__}: {problem}"
+            trace = problem.__traceback__
+            while trace is not None and trace.tb_next is not None:
+                trace = trace.tb_next
+            if trace is not None:
+                text += f" ({trace.tb_frame.f_code.co_filename}:{trace.tb_lineno})"
+        self.problems.append(text)
+
+    def _raise_problems(self) -> None:
+        if self.problems:
+            problems, self.problems = self.problems, []
+            raise SimulationError("failed in the background:\n  " + "\n  ".join(problems))
+
+    # What leads out of the process, or into threads
+
+    async def create_datagram_endpoint(  # type: ignore[override]
+        self,
+        protocol_factory: Callable[[], asyncio.DatagramProtocol],
+        local_addr: tuple[str, int] | None = None,
+        remote_addr: tuple[str, int] | None = None,
+        **options: Any,
+    ) -> tuple[asyncio.DatagramTransport, asyncio.DatagramProtocol]:
+        """A UDP socket on the simulated network, on the host that has the local address (underlay or overlay)."""
+        if self.network is None:
+            self._refuse("a datagram endpoint without a simulated network")
+        protocol = protocol_factory()
+        transport = self.network.open_udp(protocol, local_addr, remote_addr)
+        protocol.connection_made(transport)
+        return transport, protocol
+
+    def run_in_executor(  # type: ignore[override]
+        self, executor: Any, func: Callable[..., T], *args: Any
+    ) -> asyncio.Future[T]:
+        """Runs the function at once: threads would make runs differ."""
+        future: asyncio.Future[T] = self.create_future()
+        try:
+            future.set_result(func(*args))
+        except Exception as problem:  # noqa: BLE001 (handed to whoever awaits, as an executor does)
+            future.set_exception(problem)
+        return future
+
+    async def create_connection(self, *args: Any, **options: Any) -> NoReturn:
+        self._refuse("a TCP connection")
+
+    async def create_server(self, *args: Any, **options: Any) -> NoReturn:
+        self._refuse("a TCP server")
+
+    async def getaddrinfo(self, *args: Any, **options: Any) -> NoReturn:
+        self._refuse("a name look-up")
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise SimulationError(f"{what} is outside of the simulation")
+
+
+class SimWallClock:
+    """Seconds since the Unix epoch on virtual time; `skew_s` is how wrong this host's clock is."""
+
+    def __init__(self, loop: VirtualLoop, skew_s: float = 0.0) -> None:
+        self._loop = loop
+        self.skew_s = skew_s
+
+    def __call__(self) -> float:
+        return EPOCH_S + self._loop.elapsed + self.skew_s
+
+
+class SeededEntropy:
+    """Bytes that depend on the seed and the name alone. Fit for simulations, and for nothing else."""
+
+    def __init__(self, seed: int, name: str) -> None:
+        self._draw = seeded(seed, f"entropy/{name}")
+
+    def __call__(self, count: int, /) -> bytes:
+        return self._draw.randbytes(count)
+
+
+def seeded(seed: int, purpose: str) -> random.Random:
+    """A generator of its own for each purpose, so that one more host does not change what the others draw."""
+    return random.Random(f"{seed}/{purpose}")

@@ -1,0 +1,120 @@
+"""A router between a LAN and the segment above it: a NAT for IPv4 and a stateful firewall for IPv6, or plain routing.
+
+It can be changed while the world runs, as real lines and boxes are: `flush`, `replace_nat`, `renumber`, `blocks_udp`.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import ipaddress
+from collections.abc import Iterable
+
+from p2pvpn.core.errors import LocalError
+
+from .internet import ACCESS, Datagram, Fate, Interface, Quality, Segment
+from .nat import Firewall, Nat, NatKind
+
+
+class Router:
+    """The gateway of `lan`, attached to `above` by its line.
+
+    `outside` holds its addresses above; the IPv4 ones are the NAT's public addresses. Without a NAT the LAN's IPv4
+    prefixes are announced above; IPv6 prefixes always are. `blocks_udp` drops every datagram that would pass.
+    """
+
+    context: contextvars.Context | None = None
+
+    def __init__(
+        self,
+        name: str,
+        lan: Segment,
+        above: Segment,
+        *,
+        inside: Iterable[str],
+        outside: Iterable[str],
+        nat: NatKind | None,
+        firewall: Firewall | None = None,
+        line: Quality = ACCESS,
+        blocks_udp: bool = False,
+    ) -> None:
+        self.name = name
+        self.blocks_udp = blocks_udp
+        self.firewall = firewall
+        self._internet = above.internet
+        self.inside = Interface(self, lan, [ipaddress.ip_address(address) for address in inside], Quality())
+        self.outside = Interface(self, above, [ipaddress.ip_address(address) for address in outside], line)
+        self.nat = None if nat is None else self._new_nat(nat)
+        lan.gateway = self.inside
+        for prefix in lan.prefixes:
+            if nat is None or prefix.version == 6:
+                above.route(prefix, self.outside)
+
+    def receive(self, interface: Interface, datagram: Datagram) -> None:
+        """Translate or filter a datagram, and pass it on."""
+        if self.blocks_udp:
+            self._filter(datagram)
+        elif interface is self.inside:
+            self._receive_inside(datagram)
+        else:
+            self._receive_outside(datagram)
+
+    def _receive_inside(self, datagram: Datagram) -> None:
+        source, destination, data = datagram
+        now = self._internet.loop.time()
+        if destination.is_ipv6 or self.nat is None:
+            if destination.is_ipv6 and self.firewall is not None:
+                self.firewall.pass_out(source, destination, now)
+            self.outside.send(datagram)
+        elif destination.host in self.nat.public:
+            ends = self.nat.translate_hairpin(source, destination, now)
+            if ends is None:
+                self._filter(datagram)
+            else:
+                self.inside.send(Datagram(ends[0], ends[1], data))
+        else:
+            external = self.nat.translate_out(source, destination, now)
+            if external is None:
+                self._filter(datagram)
+            else:
+                self.outside.send(Datagram(external, destination, data))
+
+    def _receive_outside(self, datagram: Datagram) -> None:
+        source, destination, data = datagram
+        now = self._internet.loop.time()
+        if destination.is_ipv6 or self.nat is None:
+            if destination.is_ipv6 and self.firewall is not None and not self.firewall.admits(source, destination, now):
+                self._filter(datagram)
+            else:
+                self.inside.send(datagram)
+            return
+        inside = self.nat.translate_in(source, destination, now)
+        if inside is None:
+            self._filter(datagram)
+        else:
+            self.inside.send(Datagram(source, inside, data))
+
+    def _filter(self, datagram: Datagram) -> None:
+        self._internet.note(self._internet.loop.time(), self.name, self.name, datagram, Fate.FILTERED)
+
+    def flush(self) -> None:
+        """Forget all mappings and permits, as a power cut does."""
+        if self.nat is not None:
+            self.nat.flush()
+        if self.firewall is not None:
+            self.firewall.flush()
+
+    def replace_nat(self, kind: NatKind) -> None:
+        """Another box at the same public address: other behaviour, no memory. Raises LocalError without a NAT."""
+        if self.nat is None:
+            raise LocalError(f"{self.name} has no NAT to replace")
+        self.nat = self._new_nat(kind)
+
+    def renumber(self, *addresses: str) -> None:
+        """The provider gives the line other addresses; the NAT starts empty on the new IPv4 ones."""
+        self.outside.readdress(*addresses)
+        if self.nat is not None:
+            self.nat = self._new_nat(self.nat.kind)
+
+    def _new_nat(self, kind: NatKind) -> Nat:
+        public = [str(address) for address in self.outside.addresses if address.version == 4]
+        return Nat(public, kind, self._internet.draw(f"nat/{self.name}/{self._internet.loop.elapsed}"))
