@@ -11,6 +11,8 @@ from p2pvpn.core.errors import TrustError
 SALT_BYTES = 4
 RawCipher = AESGCM | ChaCha20Poly1305
 """Has encrypt(nonce, data, aad), decrypt(nonce, data, aad), encrypt_into and decrypt_into."""
+BadIcv = InvalidTag
+"""What a raw cipher raises when the integrity check value does not hold."""
 
 
 def raw_cipher(suite: EspSuite, keymat: bytes) -> tuple[RawCipher, bytes]:
