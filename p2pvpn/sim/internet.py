@@ -114,6 +114,8 @@ class Interface:
         self.node = node
         self.segment = segment
         self.addresses = tuple(addresses)
+        self.hosts = tuple(str(address) for address in self.addresses)
+        """The addresses as endpoints spell them."""
         self.quality = quality
         self.is_up = True
         self._draw = segment.internet.draw(f"link/{segment.name}/{node.name}")
@@ -128,6 +130,7 @@ class Interface:
         """Take these addresses instead of the former ones."""
         self.segment.remove(self)
         self.addresses = tuple(ipaddress.ip_address(address) for address in addresses)
+        self.hosts = tuple(str(address) for address in self.addresses)
         self.segment.add(self)
 
     def detach(self) -> None:
@@ -135,9 +138,9 @@ class Interface:
         self.is_up = False
         self.segment.remove(self)
 
-    def address(self, version: int) -> IpAddress | None:
+    def host(self, *, ipv6: bool) -> str | None:
         """The first address of a family."""
-        return next((address for address in self.addresses if address.version == version), None)
+        return next((host for host in self.hosts if (":" in host) == ipv6), None)
 
     def is_lost(self) -> bool:
         return bool(self.quality.loss) and self._draw.random() < self.quality.loss
@@ -198,7 +201,8 @@ class Segment:
 
     def is_on_link(self, host: str) -> bool:
         """Whether somebody on this very segment has the address."""
-        return any(str(address) == host for interface in self.interfaces for address in interface.addresses)
+        hop = self.next_hop(host)
+        return hop is not None and host in hop.hosts
 
     def next_hop(self, host: str) -> Interface | None:
         """The interface that a datagram for `host` goes to."""
