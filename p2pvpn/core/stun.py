@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from aioice import stun as codec
 
 from .address import Endpoint
+from .datagram import STUN_COOKIE, STUN_HEADER_BYTES
 from .errors import TrustError, WireError
+from .wire import Reader
 
 Message = codec.Message
 Class = codec.Class
@@ -16,6 +19,11 @@ Method = codec.Method
 MAX_MESSAGE_BYTES = 1500
 """Checks, binding requests and answers of ours fit into one Ethernet frame."""
 TRANSACTION_ID_BYTES = 12
+USERNAME = 0x0006
+MESSAGE_INTEGRITY = 0x0008
+FINGERPRINT = 0x8028
+COMPREHENSION_OPTIONAL = 0x8000
+"""Attribute types from here on may be ignored by who does not know them (RFC 8489 section 14)."""
 
 
 def request(transaction_id: bytes, **attributes: Any) -> Message:
@@ -55,9 +63,26 @@ def build(message: Message, key: bytes | None = None) -> bytes:
 
 
 def parse_untrusted(data: bytes) -> Message:
-    """A Binding message. Raises WireError for everything else, integrity is not looked at."""
+    """A Binding message. Raises WireError for everything else, integrity is not looked at.
+
+    The codec reads leniently (it checks neither the cookie nor that attributes end where the message ends, and of a
+    repeated attribute it keeps the last), so the layout is checked here first. A message with an attribute that has
+    to be understood and is not, is refused too: there is no server here that would have to say which (RFC 8489
+    section 6.3.1).
+    """
     if len(data) > MAX_MESSAGE_BYTES:
         raise WireError(f"a STUN message of {len(data)} bytes")
+    seen: set[int] = set()
+    for kind, _ in _attributes_untrusted(data):
+        if FINGERPRINT in seen:
+            raise WireError("an attribute after FINGERPRINT")
+        if MESSAGE_INTEGRITY not in seen or kind == FINGERPRINT:
+            if kind in codec.ATTRIBUTES_BY_TYPE:
+                if kind in seen:
+                    raise WireError(f"attribute {kind:#06x} twice")
+            elif kind < COMPREHENSION_OPTIONAL:
+                raise WireError(f"attribute {kind:#06x} has to be understood and is not")
+        seen.add(kind)
     try:
         message = codec.parse_message(data)
     except Exception as problem:  # noqa: BLE001 (the codec's own set of errors is open)
@@ -65,6 +90,32 @@ def parse_untrusted(data: bytes) -> Message:
     if message.message_method is not Method.BINDING:
         raise WireError("not a Binding message")
     return message
+
+
+def username_untrusted(data: bytes) -> bytes | None:
+    """The value of USERNAME, without looking at anything else. Raises WireError when attributes do not fit."""
+    for kind, value in _attributes_untrusted(data):
+        if kind == USERNAME:
+            return value
+    return None
+
+
+def _attributes_untrusted(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Type and value of each attribute (RFC 8489 sections 5 and 14); each step consumes at least 4 bytes."""
+    reader = Reader(data)
+    kind = reader.u16()
+    length = reader.u16()
+    if kind >> 14 or reader.take(4) != STUN_COOKIE:
+        raise WireError("not a STUN message")
+    if length % 4 or length != len(data) - STUN_HEADER_BYTES:
+        raise WireError(f"a STUN length of {length} in {len(data)} bytes")
+    reader.take(TRANSACTION_ID_BYTES)
+    while reader.left:
+        kind = reader.u16()
+        size = reader.u16()
+        value = reader.take(size)
+        reader.take(-size % 4)
+        yield kind, value
 
 
 def verify(message: Message, key: bytes) -> None:
