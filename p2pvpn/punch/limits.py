@@ -1,0 +1,128 @@
+"""Bounds that keep hole punching from being a weapon; one object is shared by all agents of a machine.
+
+A member can name any address as its candidate. So checks are paced over all sessions, an address that does not answer
+gets few packets whoever names it, and private addresses are tried only where they can mean the peer and not a
+neighbour of ours who happens to have that number. Checks on a path that answers are not held back.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from p2pvpn.core.address import Endpoint, IpAddress, IpNetwork
+from p2pvpn.core.limits import BoundedTable, TokenBucket
+
+from .candidates import is_usable
+
+TA_S = 0.020
+"""Between two new checks, over all sessions (RFC 8445 section 14.2 allows 5 ms and asks for 50 ms by default)."""
+CHECKS_PER_S = 100.0
+"""Packets to addresses that did not answer yet, retransmissions included, over all sessions."""
+CHECKS_BURST = 10.0
+SILENT_PACKETS = 20
+"""Packets that an address gets while it stays silent: a full round of checks and a dozen single retries."""
+SILENCE_S = 600.0
+"""After so long the count of a silent address begins anew."""
+SILENT_ADDRESSES = 4096
+"""Addresses whose silence is remembered; the least recently used one is forgotten first."""
+
+PRIVATE = tuple(
+    ipaddress.ip_network(net)
+    for net in (
+        "10.0.0.0/8",  # RFC 1918
+        "172.16.0.0/12",
+        "192.168.0.0/16",
+        "100.64.0.0/10",  # RFC 6598, carrier-grade NAT
+        "169.254.0.0/16",  # RFC 3927
+        "fc00::/7",  # RFC 4193
+    )
+)
+LINK_LOCAL_IPV6 = ipaddress.IPv6Network("fe80::/10")
+
+
+@dataclass(slots=True)
+class _Silence:
+    """What a silent address got: packets sent since `since`, and how many it earned by checks of its own."""
+
+    since: float
+    sent: int = 0
+    earned: int = 0
+
+
+class PunchLimits:
+    """`own_subnets` are the networks that our interfaces are in; `never` (the overlay) is no target in any case."""
+
+    def __init__(self, own_subnets: Iterable[IpNetwork] = (), never: Iterable[IpNetwork] = ()) -> None:
+        self._own_subnets = tuple(own_subnets)
+        self._never = tuple(never)
+        self._rate = TokenBucket(CHECKS_PER_S, CHECKS_BURST)
+        self._silent: BoundedTable[str, _Silence] = BoundedTable(SILENT_ADDRESSES)
+        self._next_start_at = 0.0
+
+    def update_subnets(self, own_subnets: Iterable[IpNetwork]) -> None:
+        """The machine moved to other networks."""
+        self._own_subnets = tuple(own_subnets)
+
+    def permits(self, target: Endpoint, *, same_site: bool) -> bool:
+        """Whether a candidate that a peer named may be checked.
+
+        `same_site` says that the peer and we are seen under one public address, so its private addresses may be ours.
+        """
+        if self.refuses(target):
+            return False
+        address = target.ip
+        return same_site or self._is_ours(address) or not any(address in net for net in PRIVATE)
+
+    def refuses(self, target: Endpoint) -> bool:
+        """Whether nothing may be sent there on a peer's word, even when an authenticated check came from it."""
+        address = target.ip
+        if any(address in net for net in self._never):
+            return True
+        return not self._is_ours(address) and (not is_usable(address) or address in LINK_LOCAL_IPV6)
+
+    def _is_ours(self, address: IpAddress) -> bool:
+        return any(address in net for net in self._own_subnets)
+
+    @property
+    def next_start_at(self) -> float:
+        """When a new check may start, in monotonic seconds."""
+        return self._next_start_at
+
+    def take_start(self, now: float) -> bool:
+        """Whether a new check may start now (Ta); it is counted as started then."""
+        if now < self._next_start_at:
+            return False
+        self._next_start_at = now + TA_S
+        return True
+
+    def take_rate(self, now: float) -> bool:
+        """Whether a packet to an address that did not answer yet fits the rate."""
+        return self._rate.take(now)
+
+    def take_silent(self, target: Endpoint, now: float, *, permitted: bool) -> bool:
+        """Whether a silent address may get one more packet; it is counted then. Counted by address, not by port.
+
+        Without `permitted` it gets only what it earned.
+        """
+        entry = self._entry(target, now)
+        if entry.sent >= entry.earned + (SILENT_PACKETS if permitted else 0):
+            return False
+        entry.sent += 1
+        return True
+
+    def earn(self, target: Endpoint, now: float) -> None:
+        """An authenticated check came from there: it may get one packet for it, so that nobody gets more than came."""
+        self._entry(target, now).earned += 1
+
+    def answered(self, target: Endpoint) -> None:
+        """An authenticated answer came from there: it is not silent."""
+        self._silent.pop(target.host)
+
+    def _entry(self, target: Endpoint, now: float) -> _Silence:
+        entry = self._silent.get(target.host)
+        if entry is None or now - entry.since >= SILENCE_S:
+            entry = _Silence(now)
+            self._silent.put(target.host, entry)
+        return entry
