@@ -9,6 +9,7 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
 
 from p2pvpn.core.errors import LocalError, TrustError
 
@@ -108,6 +109,26 @@ def _rsa_padding(scheme: Scheme) -> padding.AsymmetricPadding:
     if "pss" in scheme.value:
         return padding.PSS(padding.MGF1(_hash(scheme)), padding.PSS.DIGEST_LENGTH)
     return padding.PKCS1v15()
+
+
+def ecdsa_to_raw(signature: bytes, size: int) -> bytes:
+    """r and s of a DER Ecdsa-Sig-Value side by side, `size` bytes each (RFC 4754 section 7). Raises LocalError."""
+    r, s = decode_dss_signature(signature)
+    try:
+        return r.to_bytes(size, "big") + s.to_bytes(size, "big")
+    except OverflowError:
+        raise LocalError(f"the signature is of a curve larger than {size * 8} bits") from None
+
+
+def ecdsa_from_raw(raw: bytes) -> bytes:
+    """The inverse of `ecdsa_to_raw`."""
+    half = len(raw) // 2
+    return encode_dss_signature(int.from_bytes(raw[:half], "big"), int.from_bytes(raw[half:], "big"))
+
+
+def curve_bits(key: PublicKey) -> int:
+    """The size of an elliptic curve key, 0 for other keys."""
+    return key.key_size if isinstance(key, ec.EllipticCurvePublicKey) else 0
 
 
 def subject_public_key(key: PublicKey) -> bytes:
