@@ -52,7 +52,7 @@ def has_capability(capability: int) -> bool:
 
 
 def die_with_parent(parent: int) -> None:
-    """Be killed when the parent thread ends; `parent` is its pid as seen from here (0 from a PID namespace below it)."""
+    """Be killed when the parent thread ends; `parent` is its pid, 0 when it is in an outer PID namespace."""
     _check("prctl", _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
     if os.getppid() != parent:
         os._exit(128 + signal.SIGKILL)
