@@ -86,22 +86,19 @@ VerifyLeaf = Callable[[bytes, float], Member]
 
 
 class AcceptancePolicy:
-    """The check for one network. `is_hub` says whether an overlay address is one of its hubs'."""
+    """The check for one network."""
 
-    def __init__(
-        self,
-        network: NetworkId,
-        verify_leaf: VerifyLeaf,
-        is_hub: Callable[[IPv6Address], bool] = lambda address: False,
-    ) -> None:
+    def __init__(self, network: NetworkId, verify_leaf: VerifyLeaf) -> None:
         self.network = network
         self._verify_leaf = verify_leaf
-        self._is_hub = is_hub
 
     def check(self, raw: bytes, key: bytes, wall: float, sender: IPv6Address | None = None) -> Record:
-        """The record, believed. `sender` is who stores it; None for one of our own look-ups. Raises RecordRefused."""
+        """The record, believed. Raises RecordRefused.
+
+        `sender` is the peer that stores it, by its overlay address; None when it was looked up or a hub hands it on.
+        """
         record = self.check_form(raw, key, wall)
-        if sender is not None and sender != record.overlay and not self._is_hub(sender):
+        if sender is not None and sender != record.overlay:
             raise RecordRefused(Reason.SENDER, f"{sender} stores a record of {record.overlay}")
         try:
             member = self._verify_leaf(record.certificate, wall)
