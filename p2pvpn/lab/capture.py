@@ -2,6 +2,7 @@
 
 It sees what a wire would carry (the laboratory's links have no offloads), both directions, with the kernel's
 timestamps. Frames that it could not keep up with are counted and told, so that "nothing was seen" means something.
+The files grow while the capture runs, and can be read meanwhile.
 
     python -m p2pvpn.lab.capture DIRECTORY FD=LABEL ...     says `ready`, writes until SIGTERM, then DIRECTORY/dropped
 """
@@ -36,6 +37,7 @@ FRAME_BYTES = 65550
 PCAP_MAGIC = 0xA1B23C4D
 """Timestamps in nanoseconds (draft-ietf-opsawg-pcap section 4)."""
 LINKTYPE_ETHERNET = 1
+PCAP_HEADER_BYTES = 24
 READ_BURST = 256
 
 
@@ -61,21 +63,21 @@ class Capture:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
             )
-        self.hops = tuple(taps)
+        self.files = {label: directory / f"{label}.pcap" for label in taps}
+        """The pcap file of each hop."""
         assert self._process.stdout is not None
         with self._process.stdout as said:
             if said.readline() != b"ready\n":
                 raise LocalError("the capture does not start")
 
-    def stop(self) -> dict[str, Path]:
-        """Write out the rest; the pcap file of each hop. Raises LocalError when frames were missed."""
+    def stop(self) -> None:
+        """Write out the rest. Raises LocalError when frames were missed."""
         self._process.send_signal(signal.SIGTERM)
         self._process.wait()
         dropped = self.directory / "dropped"
         missed = int(dropped.read_text()) if dropped.exists() else -1
         if missed:
             raise LocalError(f"the capture missed {missed} frames" if missed > 0 else "the capture died")
-        return {label: self.directory / f"{label}.pcap" for label in self.hops}
 
 
 def _tap(hop: Hop) -> socket.socket:
@@ -90,12 +92,29 @@ def _tap(hop: Hop) -> socket.socket:
 def read_pcap_untrusted(data: bytes) -> Iterator[Frame]:
     """The frames of a pcap file as written here. Raises WireError."""
     reader = Reader(data)
-    magic, link = struct.unpack("<I16xI", reader.take(24))
+    magic, link = struct.unpack("<I16xI", reader.take(PCAP_HEADER_BYTES))
     if (magic, link) != (PCAP_MAGIC, LINKTYPE_ETHERNET):
         raise WireError("not a pcap file with nanoseconds and Ethernet frames")
+    yield from read_records_untrusted(reader.rest())
+
+
+def read_records_untrusted(data: bytes) -> Iterator[Frame]:
+    """The frames of a later piece of such a file. Raises WireError."""
+    reader = Reader(data)
     while reader.left:
         seconds, nanoseconds, length, _ = struct.unpack("<IIII", reader.take(16))
         yield Frame(seconds + nanoseconds / 1e9, reader.take(length))
+
+
+def whole_records(data: bytes) -> int:
+    """How many bytes of a piece of a growing file are whole records."""
+    end = 0
+    while end + 16 <= len(data):
+        following = end + 16 + int.from_bytes(data[end + 8 : end + 12], "little")
+        if following > len(data):
+            break
+        end = following
+    return end
 
 
 def write_pcap(frames: Iterable[Frame]) -> bytes:
@@ -135,6 +154,7 @@ def main(arguments: list[str]) -> None:
                 stopping = True
             else:
                 _read(taps[fd], files[fd], READ_BURST)
+                files[fd].flush()
     dropped = 0
     for fd, tap in taps.items():
         _read(tap, files[fd], sys.maxsize)

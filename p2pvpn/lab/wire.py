@@ -19,7 +19,6 @@ import json
 import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +30,7 @@ from p2pvpn.core.errors import LocalError, TrustError, WireError
 from p2pvpn.core.wire import Reader
 from p2pvpn.crypto.aead import Aead
 
-from .capture import Frame, read_pcap_untrusted
+from .capture import PCAP_HEADER_BYTES, Frame, read_records_untrusted, whole_records
 
 ETHERTYPE_IPV4, ETHERTYPE_ARP, ETHERTYPE_IPV6 = 0x0800, 0x0806, 0x86DD
 ICMP, TCP, UDP, IPV6_FRAGMENT, ICMPV6, HOP_BY_HOP = 1, 6, 17, 44, 58, 0
@@ -93,36 +92,51 @@ class KeyLog:
         return None
 
 
-@dataclass
 class Wire:
-    """All that was captured, in order of time, and what of it can be asked."""
+    """All that was captured so far, in order of time, and what of it can be asked."""
 
-    packets: list[Packet] = field(default_factory=list)
-    clear: list[tuple[str, float]] = field(default_factory=list)
-    """Hop and time of each frame in which the marker was readable."""
-    sealed: int = 0
-    """Decrypted packets in which the marker was: the search does find it where it should be."""
-
-    @classmethod
-    def read(cls, captures: Mapping[str, Path], keys: KeyLog, *, marker: bytes, enrol_port: int) -> Wire:
-        """Sort the frames of these pcap files. Raises LocalError when one does not parse."""
-        wire = cls()
+    def __init__(self, captures: Mapping[str, Path], key_log: Path, *, marker: bytes, enrol_port: int) -> None:
+        """From the pcap file of each hop and the directory of the key log; frames that show `marker` are told."""
+        self.packets: list[Packet] = []
+        self.clear: list[tuple[str, float]] = []
+        """Hop and time of each frame in which the marker was readable."""
+        self.sealed = 0
+        """Decrypted packets in which the marker was: the search does find it where it should be."""
+        self._captures = captures
+        self._key_log = key_log
+        self._marker = marker
+        self._read = dict.fromkeys(captures, PCAP_HEADER_BYTES)
         opened: dict[bytes, bytes | None] = {}
-        for hop, file in captures.items():
-            sorter = Sorter(keys, enrol_port, opened)
-            for frame in read_pcap_untrusted(file.read_bytes()):
-                if marker in frame.data:
-                    wire.clear.append((hop, frame.at))
-                try:
-                    packet = sorter.sort_untrusted(hop, frame)
-                except WireError as error:
-                    raise LocalError(f"{hop} carried a frame that does not parse: {error}") from error
-                if packet is not None:
-                    wire.sealed += marker in packet.inner
-                    wire.packets.append(packet)
-            wire.packets += sorter.incomplete(hop)
-        wire.packets.sort(key=lambda packet: packet.at)
-        return wire
+        self._sorters = {hop: Sorter(KeyLog(key_log), enrol_port, opened) for hop in captures}
+
+    def update(self) -> None:
+        """Read on to the files' present ends. Raises LocalError when a frame does not parse."""
+        pieces = {hop: file.read_bytes()[self._read[hop] :] for hop, file in self._captures.items()}
+        keys = KeyLog(self._key_log)  # after the frames: a key is logged before it is used
+        for hop, piece in pieces.items():
+            whole = whole_records(piece)
+            self._read[hop] += whole
+            self._sorters[hop].keys = keys
+            try:
+                for frame in read_records_untrusted(piece[:whole]):
+                    self._take_untrusted(hop, frame)
+            except WireError as error:
+                raise LocalError(f"{hop} carried a frame that does not parse: {error}") from error
+        self.packets.sort(key=lambda packet: packet.at)
+
+    def finish(self) -> None:
+        """After the capture has ended: the rest of it, and what never became whole."""
+        self.update()
+        for hop, sorter in self._sorters.items():
+            self.packets += sorter.incomplete(hop)
+
+    def _take_untrusted(self, hop: str, frame: Frame) -> None:
+        if self._marker in frame.data:
+            self.clear.append((hop, frame.at))
+        packet = self._sorters[hop].sort_untrusted(hop, frame)
+        if packet is not None:
+            self.sealed += self._marker in packet.inner
+            self.packets.append(packet)
 
     def totals(self) -> dict[str, int]:
         """Packets of each class, each counted at every hop."""
@@ -157,7 +171,7 @@ class Sorter:
     """Sorts the frames of one hop; holds the fragments of that hop until they are whole."""
 
     def __init__(self, keys: KeyLog, enrol_port: int, opened: dict[bytes, bytes | None] | None = None) -> None:
-        self._keys = keys
+        self.keys = keys
         self._enrol_port = enrol_port
         self._opened = {} if opened is None else opened
         self._fragments: dict[tuple[object, ...], dict[int, tuple[bytes, bool]]] = {}
@@ -258,7 +272,7 @@ class Sorter:
             if size % 4 == 0 and size + STUN_HEADER_BYTES == len(data):
                 return Class.STUN, b""
         if data not in self._opened:
-            self._opened[data] = self._keys.open_untrusted(data) if len(data) > ESP_HEADER_BYTES else None
+            self._opened[data] = self.keys.open_untrusted(data) if len(data) > ESP_HEADER_BYTES else None
         inner = self._opened[data]
         return (Class.OTHER_UDP, b"") if inner is None else (Class.ESP, inner)
 

@@ -129,7 +129,10 @@ def _wire(tmp_path: Path, *frames: bytes) -> Wire:
     (tmp_path / "keys").mkdir()
     file = tmp_path / "hop.pcap"
     file.write_bytes(write_pcap(Frame(float(at), frame) for at, frame in enumerate(frames)))
-    return Wire.read({"hop": file}, keys(tmp_path / "keys"), marker=MARK, enrol_port=443)
+    keys(tmp_path / "keys")
+    wire = Wire({"hop": file}, tmp_path / "keys", marker=MARK, enrol_port=443)
+    wire.finish()
+    return wire
 
 
 def test_the_earliest_packet_between_two_parties_is_found(tmp_path: Path) -> None:
@@ -191,7 +194,8 @@ def test_every_packet_is_captured_at_every_hop_of_its_way(lab: Lab, tmp_path: Pa
     hub = lab.public("hub", "192.0.2.1", delay_s=0.005)
     home = lab.home("a", "198.51.100.1", number=1)
     nat.apply(home, nat.NatKind.PORT_RESTRICTED)
-    keylog = keys(tmp_path)
+    (tmp_path / "keys").mkdir()
+    keys(tmp_path / "keys")
     capture = Capture(lab.hops, tmp_path / "pcap")
     with home.peer.socket() as sock, hub.socket() as sink:
         sink.bind(("192.0.2.1", 4500))
@@ -201,7 +205,12 @@ def test_every_packet_is_captured_at_every_hop_of_its_way(lab: Lab, tmp_path: Pa
         before = time.time()
         for _ in range(100):
             sink.recv(4000)
-    wire = Wire.read(capture.stop(), keylog, marker=MARK, enrol_port=443)
+    wire = Wire(capture.files, tmp_path / "keys", marker=MARK, enrol_port=443)
+    deadline = time.monotonic() + 5
+    while wire.totals()["esp"] < 300 and time.monotonic() < deadline:
+        wire.update()  # while the capture runs
+    capture.stop()
+    wire.finish()
     assert {hop: counts["esp"] for hop, counts in wire.by_hop().items()} == {
         "hub-internet": 100,
         "nat-a-internet": 100,
