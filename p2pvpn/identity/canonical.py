@@ -118,6 +118,12 @@ class Fields:
             raise WireError(f"{self._what} has a bad integer")
         return value
 
+    def flag(self) -> bool:
+        value = self._next()
+        if not isinstance(value, bool):
+            raise WireError(f"{self._what} has a bad flag")
+        return value
+
     def array(self, limit: int) -> Fields:
         """A nested array of at most `limit` entries."""
         value = self._next()

@@ -244,8 +244,11 @@ class NetworkDocument:
 
     @cached_property
     def issuer_ids(self) -> tuple[PeerId, ...]:
-        """The hubs that issue certificates, in the admin's order."""
-        return tuple(issuer.peer_id for issuer in self.issuers)
+        """The hubs that issue certificates, in the admin's order.
+
+        A revoked issuer stays listed until the last of its certificates has expired, but is no hub any more.
+        """
+        return tuple(issuer.peer_id for issuer in self.issuers if issuer.peer_id in self.hub_ids)
 
     def hub(self, peer_id: PeerId) -> HubEntry | None:
         return next((hub for hub in self.hubs if hub.peer_id == peer_id), None)

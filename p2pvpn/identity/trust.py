@@ -113,9 +113,9 @@ class Trust:
         """As `verify_chain`, at whatever time the certificate is valid: for a machine's own. Raises TrustError."""
         return self._verify(chain).member
 
-    def is_cut_off(self, member: Member) -> bool:
-        """Whether the issuer of this member was revoked after it issued the certificate."""
-        return any(key_id == member.issuer for key_id, _ in self._document.cut_offs)
+    def cut_off(self, member: Member) -> int | None:
+        """From when on the issuer of this member counts as stolen, in seconds since the epoch; None if it does not."""
+        return self._cut_offs.get(member.issuer)
 
     def _adopt(self, document: NetworkDocument, roots: Roots) -> None:
         self._document = document
