@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
-from p2pvpn.core.address import Endpoint, Path
+from p2pvpn.core.address import Endpoint, IpNetwork, Path
 from p2pvpn.core.errors import LocalError
 
 from .forwarder import SimForwarder
@@ -66,6 +66,14 @@ class SimUnderlay:
             for interface in self._host.interfaces
             if interface.is_up
             for host in interface.hosts
+        ]
+
+    def local_networks(self) -> Sequence[IpNetwork]:
+        return [
+            next((prefix for prefix in interface.segment.prefixes if address in prefix), ipaddress.ip_network(address))
+            for interface in self._host.interfaces
+            if interface.is_up
+            for address in interface.addresses
         ]
 
     def change(self) -> None:
