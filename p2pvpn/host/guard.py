@@ -1,0 +1,120 @@
+"""Plaintext that claims an overlay source and does not come out of our TUN device is dropped.
+
+Without this anybody on the same link could send the machine a packet "from" a peer, unencrypted, and the kernel would
+deliver it. The rules sit before connection tracking, so such packets make no state either. nftables is used where it
+is, iptables elsewhere; where neither is, the guard refuses rather than leave the door open.
+
+    table inet p2pvpn_guard: prerouting, priority raw: source in a route of the network, device neither the network's
+                             nor lo (the machine talking to itself): drop
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Sequence
+
+from p2pvpn.core.address import IpNetwork
+from p2pvpn.core.errors import LocalError
+
+TABLE = "p2pvpn_guard"
+CHAIN = "P2PVPN_GUARD"
+
+
+class Guard:
+    """The rules of all networks of this machine. One daemon, one guard."""
+
+    def __init__(self) -> None:
+        self._prefixes: dict[str, tuple[IpNetwork, ...]] = {}
+        self._lock = asyncio.Lock()
+
+    async def protect(self, device: str, prefixes: Sequence[IpNetwork]) -> None:
+        """Only `device` may bring packets whose source is in `prefixes`. Raises LocalError when no filter works."""
+        async with self._lock:
+            former = self._prefixes.get(device)
+            self._prefixes[device] = tuple(prefixes)
+            try:
+                await self._apply()
+            except LocalError:
+                if former is None:
+                    del self._prefixes[device]
+                else:
+                    self._prefixes[device] = former
+                raise
+
+    async def release(self, device: str) -> None:
+        """Forget a device that is gone."""
+        async with self._lock:
+            if self._prefixes.pop(device, None) is not None:
+                await self._apply()
+
+    async def close(self) -> None:
+        """Remove every rule."""
+        async with self._lock:
+            if self._prefixes:
+                self._prefixes.clear()
+                await self._apply()
+
+    async def _apply(self) -> None:
+        if shutil.which("nft"):
+            await _run("nft", "-f", "-", stdin=nft_script(self._prefixes))
+        elif shutil.which("iptables-restore") and shutil.which("ip6tables-restore"):
+            for version, program in ((4, "iptables"), (6, "ip6tables")):
+                await _run(f"{program}-restore", "--noflush", stdin=iptables_script(self._prefixes, version))
+                await self._hook(program)
+        else:
+            raise LocalError("neither nft nor iptables is installed", hint="install nftables")
+
+    async def _hook(self, program: str) -> None:
+        """Lead PREROUTING through our chain, once; take chain and lead away when nothing is to be guarded."""
+        jump = ("PREROUTING", "-j", CHAIN)
+        hooked = await _succeeds(program, "-w", "-t", "raw", "-C", *jump)
+        if self._prefixes and not hooked:
+            await _run(program, "-w", "-t", "raw", "-I", *jump)
+        elif not self._prefixes:
+            if hooked:
+                await _run(program, "-w", "-t", "raw", "-D", *jump)
+            await _run(program, "-w", "-t", "raw", "-X", CHAIN)
+
+
+def nft_script(prefixes: dict[str, tuple[IpNetwork, ...]]) -> str:
+    """One transaction that replaces the whole table; without devices it only removes it."""
+    lines = [f"table inet {TABLE}", f"delete table inet {TABLE}"]
+    if prefixes:
+        lines += [f"table inet {TABLE} {{", "chain prerouting {", "type filter hook prerouting priority raw;"]
+        for device, networks in sorted(prefixes.items()):
+            for version, family in ((4, "ip"), (6, "ip6")):
+                members = ", ".join(str(net) for net in networks if net.version == version)
+                if members:
+                    lines.append(f'iifname != {{ "lo", "{device}" }} {family} saddr {{ {members} }} counter drop')
+        lines += ["}", "}"]
+    return "\n".join(lines) + "\n"
+
+
+def iptables_script(prefixes: dict[str, tuple[IpNetwork, ...]], version: int) -> str:
+    """Input of iptables-restore: the chain, flushed and filled in one go."""
+    lines = ["*raw", f":{CHAIN} - [0:0]", f"-A {CHAIN} -i lo -j RETURN"]
+    for device, networks in sorted(prefixes.items()):
+        lines += [f"-A {CHAIN} ! -i {device} -s {net} -j DROP" for net in networks if net.version == version]
+    return "\n".join([*lines, "COMMIT"]) + "\n"
+
+
+async def _run(*argv: str, stdin: str = "") -> None:
+    process = await asyncio.create_subprocess_exec(
+        *argv,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    _, errors = await process.communicate(stdin.encode())
+    if process.returncode != 0:
+        lines = errors.decode(errors="replace").strip().splitlines() or [f"exit status {process.returncode}"]
+        raise LocalError(f"{argv[0]}: {lines[0]}")
+
+
+async def _succeeds(*argv: str) -> bool:
+    try:
+        await _run(*argv)
+    except LocalError:
+        return False
+    return True

@@ -1,0 +1,246 @@
+"""The shared UDP port: per address family a pair of sockets that the kernel sorts datagrams into.
+
+                               classic BPF on the SO_REUSEPORT group
+    datagram on port 4500 -->  two top bits 11?  -- yes -->  socket 1: ESP
+                                                 -- no --->  socket 0: IKE, STUN, keepalives: control
+
+Both are bound to the wildcard address with packet info, so that new addresses of the machine need no new socket; the
+local address of a path goes along with each datagram. `core.datagram` is the specification of the sorting. This module
+imports no asyncio: the worker process uses it too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import ipaddress
+import socket
+import struct
+from dataclasses import dataclass
+
+from p2pvpn.core.address import Path
+from p2pvpn.core.errors import LocalError
+
+RECEIVE_BUFFER_BYTES = 8 << 20
+"""50 ms of a gigabit, counted with the kernel's own overhead for each packet."""
+SEND_BUFFER_BYTES = 4 << 20
+MAX_DATAGRAM_BYTES = 65535
+CONTROL_INDEX, ESP_INDEX = 0, 1
+"""Order of binding, which is what the program's result counts."""
+
+_SO_ATTACH_REUSEPORT_CBPF = 51
+_SO_RCVBUFFORCE, _SO_SNDBUFFORCE = 33, 32
+_IP_TOS, _IP_PKTINFO, _IP_MTU_DISCOVER, _IP_RECVTOS, _IP_MTU = 1, 8, 10, 13, 14
+_IPV6_MTU_DISCOVER, _IPV6_MTU, _IPV6_DONTFRAG = 23, 24, 62
+_PMTUDISC_WANT, _PMTUDISC_DO = 1, 2
+_IN_PKTINFO = struct.Struct("=i4s4s")
+_IN6_PKTINFO = struct.Struct("=16si")
+ANCILLARY_BYTES = 128
+"""Room for packet info and traffic class of either family."""
+_PROGRAM = (
+    (0x30, 0, 0, 0),  # ldb [0]: the first byte of the UDP payload; an empty datagram ends the program with 0
+    (0x54, 0, 0, 0xC0),  # and #0xc0
+    (0x15, 0, 1, 0xC0),  # jeq #0xc0, next, over it
+    (0x06, 0, 0, ESP_INDEX),  # ret
+    (0x06, 0, 0, CONTROL_INDEX),  # ret
+)
+
+Ancillary = list[tuple[int, int, bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class UdpPair:
+    """The two sockets of one family, both non-blocking."""
+
+    family: int
+    control: socket.socket
+    esp: socket.socket
+
+    def close(self) -> None:
+        self.control.close()
+        self.esp.close()
+
+
+@dataclass(frozen=True, slots=True)
+class SharedPort:
+    """The pairs of all families that the machine has, on one port, and the lock that keeps a second daemon off it."""
+
+    port: int
+    pairs: tuple[UdpPair, ...]
+    lock: socket.socket
+
+    def close(self) -> None:
+        for pair in self.pairs:
+            pair.close()
+        self.lock.close()
+
+
+def open_port(port: int) -> SharedPort:
+    """Open `port` (0 for any free one) for IPv4 and IPv6.
+
+    Raises LocalError when anybody else has it: SO_REUSEPORT by itself would let a second daemon of the same user share
+    the port and take half of the traffic.
+    """
+    if port:
+        return _open(port)
+    for _ in range(16):  # a port free for one family may be taken in the other
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.bind(("", 0))
+            candidate = probe.getsockname()[1]
+        with contextlib.suppress(LocalError):
+            return _open(candidate)
+    raise LocalError("no UDP port is free in both address families")
+
+
+def _open(port: int) -> SharedPort:
+    lock = _lock(port)
+    pairs: list[UdpPair] = []
+    try:
+        for family in (socket.AF_INET, socket.AF_INET6):
+            pair = _open_pair(family, port)
+            if pair is not None:
+                pairs.append(pair)
+        if not pairs:
+            raise LocalError("the machine has neither IPv4 nor IPv6")
+    except BaseException:
+        for pair in pairs:
+            pair.close()
+        lock.close()
+        raise
+    return SharedPort(port, tuple(pairs), lock)
+
+
+def _lock(port: int) -> socket.socket:
+    """An abstract Unix socket: one per network namespace, as ports are, and gone with its process."""
+    lock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        lock.bind(f"\0p2pvpn-udp-{port}")
+    except OSError as error:
+        lock.close()
+        if error.errno != errno.EADDRINUSE:
+            raise LocalError(f"locking UDP port {port}: {error.strerror}") from None
+        raise LocalError(f"another p2pvpn daemon has UDP port {port}", hint="one daemon serves all networks") from None
+    return lock
+
+
+def _open_pair(family: int, port: int) -> UdpPair | None:
+    """The pair, or None when the machine does not have this family."""
+    try:
+        with _udp_socket(family) as probe:
+            probe.bind(("", port))
+    except OSError as error:
+        if error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+            return None
+        raise _bind_error(port, error) from None
+    control, esp = _udp_socket(family), _udp_socket(family)
+    try:
+        for sock in (control, esp):  # in this order: the program's result counts it
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            sock.setblocking(False)
+            _set_buffers(sock)
+            sock.bind(("", port))
+        _attach(control)
+        _receive_packet_info(control)
+        _receive_traffic_class(esp)
+        allow_fragments(esp, allowed=False)
+    except OSError as error:
+        control.close()
+        esp.close()
+        raise _bind_error(port, error) from None
+    return UdpPair(family, control, esp)
+
+
+def _bind_error(port: int, error: OSError) -> LocalError:
+    if error.errno == errno.EADDRINUSE:
+        return LocalError(f"UDP port {port} is in use by another program", hint=f"ss -ulpn sport = :{port} says whose")
+    return LocalError(f"opening UDP port {port}: {error.strerror}")
+
+
+def _udp_socket(family: int) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_DGRAM)
+    if family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    return sock
+
+
+def _set_buffers(sock: socket.socket) -> None:
+    for force, plain, size in (
+        (_SO_RCVBUFFORCE, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES),
+        (_SO_SNDBUFFORCE, socket.SO_SNDBUF, SEND_BUFFER_BYTES),
+    ):
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, force, size)
+        except PermissionError:
+            sock.setsockopt(socket.SOL_SOCKET, plain, size)
+
+
+def _attach(sock: socket.socket) -> None:
+    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in _PROGRAM))
+    program = struct.pack("@HP", len(_PROGRAM), ctypes.addressof(code))
+    sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_REUSEPORT_CBPF, program)
+
+
+def _receive_packet_info(sock: socket.socket) -> None:
+    if sock.family == socket.AF_INET:
+        sock.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
+    else:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
+
+
+def _receive_traffic_class(sock: socket.socket) -> None:
+    if sock.family == socket.AF_INET:
+        sock.setsockopt(socket.IPPROTO_IP, _IP_RECVTOS, 1)
+    else:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVTCLASS, 1)
+
+
+def allow_fragments(sock: socket.socket, *, allowed: bool) -> None:
+    """Whether datagrams larger than the path's MTU are cut by the kernel, or refused with EMSGSIZE."""
+    if sock.family == socket.AF_INET:
+        sock.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _PMTUDISC_WANT if allowed else _PMTUDISC_DO)
+    else:
+        sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_MTU_DISCOVER, _PMTUDISC_WANT if allowed else _PMTUDISC_DO)
+        sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_DONTFRAG, 0 if allowed else 1)
+
+
+def path_mtu(path: Path) -> int | None:
+    """The MTU in bytes that the kernel knows for the way to the remote address, or None when there is no way."""
+    family = socket.AF_INET6 if path.remote.is_ipv6 else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            if not path.local.is_unspecified:
+                probe.bind((path.local.host, 0))
+            probe.connect((path.remote.host, path.remote.port))
+            if family == socket.AF_INET:
+                return probe.getsockopt(socket.IPPROTO_IP, _IP_MTU)
+            return probe.getsockopt(socket.IPPROTO_IPV6, _IPV6_MTU)
+        except OSError:
+            return None
+
+
+def ancillary(path: Path, traffic_class: int = 0) -> Ancillary:
+    """Control messages for sendmsg: the path's local address, unless it is left to routing, and the traffic class."""
+    out: Ancillary = []
+    if path.remote.is_ipv6:
+        if not path.local.is_unspecified:
+            info = _IN6_PKTINFO.pack(path.local.ip.packed, 0)
+            out.append((socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, info))
+        if traffic_class:
+            out.append((socket.IPPROTO_IPV6, socket.IPV6_TCLASS, struct.pack("=i", traffic_class)))
+    else:
+        if not path.local.is_unspecified:
+            out.append((socket.IPPROTO_IP, _IP_PKTINFO, _IN_PKTINFO.pack(0, path.local.ip.packed, bytes(4))))
+        if traffic_class:
+            out.append((socket.IPPROTO_IP, _IP_TOS, struct.pack("=i", traffic_class)))
+    return out
+
+
+def local_address(received: Ancillary) -> str | None:
+    """The address of ours that a datagram came to, from recvmsg's control messages."""
+    for level, kind, data in received:
+        if level == socket.IPPROTO_IP and kind == _IP_PKTINFO:
+            return str(ipaddress.IPv4Address(_IN_PKTINFO.unpack_from(data)[1]))
+        if level == socket.IPPROTO_IPV6 and kind == socket.IPV6_PKTINFO:
+            return str(ipaddress.IPv6Address(_IN6_PKTINFO.unpack_from(data)[0]))
+    return None

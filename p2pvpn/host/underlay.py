@@ -1,0 +1,115 @@
+"""The engine's end of the shared UDP port: everything but ESP, and the addresses of the machine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Callable, Sequence
+
+from p2pvpn.core.address import Endpoint, Path
+
+from .netlink import LocalAddress, Netlink
+from .udp import ANCILLARY_BYTES, MAX_DATAGRAM_BYTES, SharedPort, ancillary, local_address, open_port
+
+BATCH = 64
+"""Datagrams taken per wake-up of a socket, so that a flood on it leaves the loop to others."""
+
+
+def _ignore_datagram(path: Path, data: bytes) -> None:
+    """Before the engine listens."""
+
+
+def _ignore_change() -> None:
+    """Before the engine listens."""
+
+
+class Underlay:
+    """Implements `mesh.ports.Underlay`. Make it with `open`; `esp_sockets` are for the plane."""
+
+    def __init__(self, shared: SharedPort, netlink: Netlink, addresses: tuple[LocalAddress, ...]) -> None:
+        self.on_datagram: Callable[[Path, bytes], None] = _ignore_datagram
+        self.on_change: Callable[[], None] = _ignore_change
+        self._shared = shared
+        self._netlink = netlink
+        self._addresses = addresses
+        self._loop = asyncio.get_running_loop()
+        self._looking: asyncio.Task[None] | None = None
+        self._look_again = False
+        self._sockets = {pair.family: pair.control for pair in shared.pairs}
+        for sock in self._sockets.values():
+            self._loop.add_reader(sock, self._receive, sock)
+        netlink.watch(self._on_change)
+
+    @classmethod
+    async def open(cls, netlink: Netlink, port: int = 4500) -> Underlay:
+        """Open the port (0 for any). Raises LocalError when it is taken."""
+        addresses = await netlink.addresses()
+        return cls(open_port(port), netlink, addresses)
+
+    def close(self) -> None:
+        """Close every socket of the port, the plane's included."""
+        self._netlink.unwatch(self._on_change)
+        if self._looking is not None:
+            self._looking.cancel()
+        for sock in self._sockets.values():
+            self._loop.remove_reader(sock)
+        self._shared.close()
+
+    @property
+    def port(self) -> int:
+        return self._shared.port
+
+    @property
+    def esp_sockets(self) -> tuple[socket.socket, ...]:
+        """The sockets that ESP comes in by, one per family."""
+        return tuple(pair.esp for pair in self._shared.pairs)
+
+    def local_endpoints(self) -> Sequence[Endpoint]:
+        return [
+            Endpoint(address.host, self.port)
+            for address in self._addresses
+            if (socket.AF_INET6 if ":" in address.host else socket.AF_INET) in self._sockets
+        ]
+
+    def send(self, path: Path, data: bytes) -> None:
+        sock = self._sockets.get(socket.AF_INET6 if path.remote.is_ipv6 else socket.AF_INET)
+        if sock is None:
+            return
+        with contextlib.suppress(OSError):
+            sock.sendmsg([data], ancillary(path), 0, path.remote)
+
+    def _receive(self, sock: socket.socket) -> None:
+        for _ in range(BATCH):
+            try:
+                data, control, _, source = sock.recvmsg(MAX_DATAGRAM_BYTES, ANCILLARY_BYTES)
+            except BlockingIOError:
+                return
+            except OSError:
+                continue  # a soft error of an earlier datagram
+            host = local_address(control)
+            if host is not None:
+                path = Path(Endpoint(host, self.port), Endpoint.of(source[0], source[1]))
+                self.on_datagram(path, data)
+
+    def _on_change(self) -> None:
+        if self._looking is not None:
+            self._look_again = True
+            return
+        self._looking = self._loop.create_task(self._look())
+        self._looking.add_done_callback(self._looked)
+
+    async def _look(self) -> None:
+        self._addresses = await self._netlink.addresses()
+        self.on_change()
+
+    def _looked(self, task: asyncio.Task[None]) -> None:
+        self._looking = None
+        if task.cancelled():
+            return
+        error = task.exception()
+        if error is not None:
+            self._loop.call_exception_handler({"message": "looking at the addresses failed", "exception": error})
+        if self._look_again:
+            self._look_again = False
+            self._on_change()

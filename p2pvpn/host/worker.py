@@ -1,0 +1,345 @@
+"""The user plane's worker process: TUN devices, ESP sockets and the table of SAs in one epoll loop.
+
+    TUN ---- read ----> EspEngine.outbound ----> ESP socket (one per address family)
+    TUN <--- write ---- EspEngine.inbound  <---- ESP socket
+                              ^
+    daemon <==== commands, answers, trapped packets (SOCK_SEQPACKET) ====> control
+
+It is started as `python -m p2pvpn.host.worker CONTROL ESP ..` with inherited descriptors, and imports no asyncio: that
+costs 5 to 20 times the throughput. Rules:
+
+* Commands are executed in order. On an unknown SPI, or a packet that no SA covers, what waits on the control channel is
+  taken first and the packet tried once more: the daemon may have answered an IKE request a moment ago, and the peer's
+  first ESP packet can be faster than its message to us.
+* It dies with the daemon (PR_SET_PDEATHSIG, and the end of the control channel), and its TUN devices with it.
+* Trapped packets are told as long as the channel has room; the newest are dropped then. Answers are never dropped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import functools
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from typing import Any
+
+from p2pvpn.core.address import Path
+from p2pvpn.core.errors import LocalError
+from p2pvpn.esp.engine import EspEngine, Reason, Refused, Sealed, TooBig, Trapped
+
+from .tun import Tun
+from .udp import ANCILLARY_BYTES, Ancillary, allow_fragments, ancillary, path_mtu
+from .worker_messages import (
+    MAX_MESSAGE_BYTES,
+    MOVED,
+    TRAPPED,
+    Op,
+    child_of,
+    pack,
+    path_of,
+    unpack,
+)
+
+BATCH = 64
+"""Packets taken from one descriptor before the others get their turn."""
+RECEIVE_BYTES = 4096
+"""More than ESP of any packet that a device of ours or a peer's Ethernet carries."""
+MAX_WAYS = 4096
+"""Paths whose socket and address are remembered."""
+
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4
+
+
+class _Way:
+    """How a path is sent to: socket, address, and control messages by traffic class."""
+
+    __slots__ = ("address", "by_class", "path", "plain", "sock")
+
+    def __init__(self, path: Path, sock: socket.socket) -> None:
+        self.path = path
+        self.sock = sock
+        self.address = (path.remote.host, path.remote.port)
+        self.plain = path.local.is_unspecified
+        self.by_class: dict[int, Ancillary] = {}
+
+    def send(self, datagram: bytes, traffic_class: int) -> None:
+        """Raises OSError."""
+        if self.plain and not traffic_class:
+            self.sock.sendto(datagram, self.address)
+            return
+        control = self.by_class.get(traffic_class)
+        if control is None:
+            control = self.by_class[traffic_class] = ancillary(self.path, traffic_class)
+        self.sock.sendmsg((datagram,), control, 0, self.address)
+
+
+class Worker:
+    """All state of the process. `run` returns when the daemon is gone."""
+
+    def __init__(self, control: socket.socket, esp_sockets: list[socket.socket]) -> None:
+        self._engine = EspEngine()
+        self._control = control
+        self._sockets = {sock.family: sock for sock in esp_sockets}
+        self._tuns: dict[int, tuple[str, Tun]] = {}
+        self._networks: dict[str, Tun] = {}
+        self._answers: deque[bytes] = deque()
+        self._ways: dict[Path, _Way] = {}
+        self._lost: Counter[str] = Counter()
+        self._alive = True
+        self._waits_for_room = False
+        self._epoll = select.epoll()
+        control.setblocking(False)
+        self._epoll.register(control.fileno(), select.EPOLLIN)
+        self._handlers: dict[int, Callable[[], None]] = {control.fileno(): self._on_control}
+        for sock in esp_sockets:
+            self._epoll.register(sock.fileno(), select.EPOLLIN)
+            self._handlers[sock.fileno()] = functools.partial(self._on_esp, sock)
+
+    def run(self) -> None:
+        """Serve until the control channel ends."""
+        while self._alive:
+            for fd, events in self._epoll.poll():
+                if fd in self._tuns:
+                    if events & select.EPOLLERR:
+                        raise SystemExit("somebody removed the TUN device")
+                    self._on_tun(fd)
+                elif fd in self._handlers:
+                    self._handlers[fd]()
+
+    # ------------------------------------------------------------------ packets
+
+    def _on_tun(self, fd: int) -> None:
+        network, tun = self._tuns[fd]
+        outbound, read, transmit = self._engine.outbound, tun.read, self._transmit
+        now = time.monotonic()
+        for _ in range(BATCH):
+            packet = read()
+            if packet is None:
+                return
+            result = outbound(network, packet, now)
+            if isinstance(result, Sealed):
+                transmit(result)
+                continue
+            if isinstance(result, Trapped):
+                self._drain_control()
+                if self._networks.get(network) is not tun:
+                    return
+                result = outbound(network, packet, now)
+            if isinstance(result, Sealed):
+                transmit(result)
+            elif isinstance(result, Trapped):
+                self._tell([0, TRAPPED, network, packet])
+            elif isinstance(result, TooBig) and not tun.write(result.reply):
+                self._lost["device refused"] += 1
+
+    def _on_esp(self, sock: socket.socket) -> None:
+        inbound, receive = self._engine.inbound, sock.recvmsg
+        is_ipv6 = sock.family == socket.AF_INET6
+        now = time.monotonic()
+        for _ in range(BATCH):
+            try:
+                data, control, _, source = receive(RECEIVE_BYTES, ANCILLARY_BYTES)
+            except BlockingIOError:
+                return
+            except OSError:
+                continue  # a soft error of an earlier datagram
+            if is_ipv6:
+                source = source[:2]
+            ecn = control[0][2][0] if control else 0
+            result = inbound(source, data, now, ecn)
+            if isinstance(result, Refused):
+                if result.reason is not Reason.UNKNOWN_SPI:
+                    continue
+                self._drain_control()
+                result = inbound(source, data, now, ecn)
+                if isinstance(result, Refused):
+                    if result.reason is Reason.UNKNOWN_SPI:
+                        self._engine.drops[Reason.UNKNOWN_SPI] += 1
+                    continue
+            tun = self._networks.get(result.network)
+            if tun is None or not tun.write(result.packet):
+                self._lost["device refused"] += 1
+            if result.moved is not None:
+                self._tell([0, MOVED, result.child_id, result.moved.host, result.moved.port])
+
+    def _transmit(self, sealed: Sealed) -> None:
+        way = self._ways.get(sealed.path)
+        if way is None:
+            way = self._open_way(sealed.path)
+            if way is None:
+                self._lost["no address family"] += 1
+                return
+        try:
+            way.send(sealed.datagram, sealed.traffic_class)
+        except OSError as error:
+            self._not_sent(way, sealed.datagram, sealed.traffic_class, error)
+        for datagram in sealed.more:
+            try:
+                way.send(datagram, sealed.traffic_class)
+            except OSError as error:
+                self._not_sent(way, datagram, sealed.traffic_class, error)
+
+    def _open_way(self, path: Path) -> _Way | None:
+        sock = self._sockets.get(socket.AF_INET6 if path.remote.is_ipv6 else socket.AF_INET)
+        if sock is None:
+            return None
+        if len(self._ways) >= MAX_WAYS:
+            self._ways.clear()
+        way = self._ways[path] = _Way(path, sock)
+        return way
+
+    def _not_sent(self, way: _Way, datagram: bytes, traffic_class: int, error: OSError) -> None:
+        """The kernel refused a datagram. Too big means that the path is narrower than thought: it is learned, and this
+        datagram goes in fragments; so do IPv6 packets of the minimum MTU over paths that are narrower still."""
+        if error.errno != errno.EMSGSIZE:
+            self._lost[errno.errorcode.get(error.errno or 0, "unknown")] += 1
+            return
+        mtu = path_mtu(way.path)
+        if mtu is not None:
+            self._engine.narrow_path(way.path.remote, mtu)
+        allow_fragments(way.sock, allowed=True)
+        try:
+            way.send(datagram, traffic_class)
+        except OSError:
+            self._lost["EMSGSIZE"] += 1
+        finally:
+            allow_fragments(way.sock, allowed=False)
+
+    # ------------------------------------------------------------------ the daemon
+
+    def _on_control(self) -> None:
+        self._flush_answers()
+        self._drain_control()
+
+    def _drain_control(self) -> None:
+        """Execute every command that waits."""
+        while self._alive:
+            try:
+                data = self._control.recv(MAX_MESSAGE_BYTES)
+            except BlockingIOError:
+                return
+            except ConnectionResetError:
+                data = b""
+            if not data:
+                self._alive = False
+                return
+            serial, op, *arguments = unpack(data)
+            try:
+                answer = [serial, True, self._execute(Op(op), arguments)]
+            except LocalError as error:
+                answer = [serial, False, str(error), error.hint]
+            self._answers.append(pack(answer))
+            self._flush_answers()
+
+    def _flush_answers(self) -> None:
+        while self._answers:
+            try:
+                self._control.send(self._answers[0])
+            except BlockingIOError:
+                self._wait_for_room(True)
+                return
+            except OSError:
+                self._alive = False
+                return
+            self._answers.popleft()
+        self._wait_for_room(False)
+
+    def _wait_for_room(self, wanted: bool) -> None:
+        if wanted != self._waits_for_room:
+            self._waits_for_room = wanted
+            self._epoll.modify(self._control.fileno(), select.EPOLLIN | (select.EPOLLOUT if wanted else 0))
+
+    def _tell(self, event: list[Any]) -> None:
+        """An event goes up if there is room and no answer waits before it."""
+        try:
+            if not self._answers:
+                self._control.send(pack(event))
+                return
+        except OSError:
+            pass
+        self._lost[event[1]] += 1
+
+    def _execute(self, op: Op, arguments: list[Any]) -> Any:
+        """Carry a command out. Raises LocalError."""
+        engine = self._engine
+        match op:
+            case Op.OPEN:
+                return self._open_network(arguments[0])
+            case Op.CLOSE:
+                self._close_network(arguments[0])
+            case Op.INSTALL:
+                engine.install(child_of(arguments))
+            case Op.USE:
+                engine.use(arguments[0])
+            case Op.MOVE:
+                engine.move(arguments[0], path_of(arguments[1:]))
+            case Op.REMOVE:
+                engine.remove(arguments[0])
+            case Op.INJECT:
+                self._inject(arguments[0], arguments[1])
+            case Op.USAGE:
+                return {child_id: list(usage) for child_id, usage in engine.usage(arguments[0]).items()}
+            case Op.COUNTERS:
+                refused = {reason.name: count for reason, count in engine.drops.items()}
+                return {**refused, **self._lost}
+        return None
+
+    def _open_network(self, network: str) -> str:
+        if network in self._networks:
+            raise LocalError(f"the network {network!r} has a device already")
+        tun: Tun = Tun()
+        self._networks[network] = tun
+        self._tuns[tun.fd] = (network, tun)
+        self._epoll.register(tun.fd, select.EPOLLIN)
+        return tun.name
+
+    def _close_network(self, network: str) -> None:
+        self._engine.remove_network(network)
+        tun = self._networks.pop(network, None)
+        if tun is not None:
+            self._epoll.unregister(tun.fd)
+            del self._tuns[tun.fd]
+            tun.close()
+
+    def _inject(self, network: str, packets: list[bytes]) -> None:
+        """Packets that were trapped before; what no SA covers even now is dropped, not trapped again."""
+        now = time.monotonic()
+        tun = self._networks.get(network)
+        for packet in packets:
+            result = self._engine.outbound(network, packet, now)
+            if isinstance(result, Sealed):
+                self._transmit(result)
+            elif isinstance(result, TooBig) and tun is not None:
+                tun.write(result.reply)
+            elif isinstance(result, Trapped):
+                self._lost["injected too early"] += 1
+
+
+def _die_with_parent(parent: int) -> None:
+    """Be killed when the daemon's main thread ends, and leave no core dump with keys in it."""
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    if prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0 or prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl")
+    if os.getppid() != parent:
+        raise SystemExit(0)
+
+
+def main(arguments: list[str]) -> None:
+    """Arguments: the daemon's pid, the control descriptor, the ESP descriptors."""
+    parent, control, *esp = map(int, arguments)
+    _die_with_parent(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's interrupt is for the daemon, which ends us
+    with contextlib.suppress(KeyboardInterrupt):
+        Worker(socket.socket(fileno=control), [socket.socket(fileno=fd) for fd in esp]).run()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

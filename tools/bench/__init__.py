@@ -1,0 +1,1 @@
+"""Throughput of the user plane, side by side with another VPN: `python -m tools.bench`."""
