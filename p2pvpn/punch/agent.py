@@ -51,6 +51,8 @@ MAX_ROLE_SWITCHES = 4
 """One is enough between honest sides (RFC 8445 section 7.3.1.1)."""
 MAX_LEARNED_FAILURES = 7
 """Rounds after which a path that no candidate names is forgotten: two minutes of backoff."""
+ALTERNATIVES = 2
+"""Working paths besides the chosen one that are kept warm."""
 CROSSING_S = 0.005
 """Checks of both sides that cross within this time need no second one."""
 ROLE_CONFLICT = 487
@@ -69,6 +71,7 @@ class _Check:
     pair: Pair
     sent_at: float
     controlling: bool
+    nominates: bool
 
 
 class PunchAgent:
@@ -130,6 +133,8 @@ class PunchAgent:
         self._change(local, remote, now)
         for path, nominated in self._early.items():
             self._take_check(path, nominated, now)
+        self._early = BoundedTable(1)
+        self._start_next(now)
         return self._finish(now)
 
     def update_local(self, local: Sequence[Candidate], now: float) -> list[Output]:
@@ -144,13 +149,18 @@ class PunchAgent:
             else:
                 pair.apply(PairInput.DOUBT)
                 pair.begin_round(now, self._settings.check_offsets_s)
+        self._start_next(now)
         return self._finish(now)
 
     def update_remote(self, remote: Sequence[Candidate], now: float) -> list[Output]:
-        """The peer's candidates changed: these are all of them. Failed pairs are tried again at once."""
+        """The peer's candidates changed: these are all of them. Failed pairs are tried again at once, and the chosen
+        path is verified when the peer does not name its end any more."""
         if self._closed or not self._started:
             return []
         self._change(self._checks.local, remote, now)
+        if self._selected is not None and not self._selected.signalled:
+            self._verify(self._selected, now)
+        self._start_next(now)
         return self._finish(now)
 
     def verify(self, now: float) -> list[Output]:
@@ -330,7 +340,7 @@ class PunchAgent:
             self._reject(pair, f"the answer came over {path}", now)
             return
         self._limits.answered(path.remote)
-        self._take_answer(pair, now - check.sent_at, now)
+        self._take_answer(check, now)
         pair.mapped = mapped
         pair.local_kind = self._checks.local_kind(mapped, path.local)
         if not self.controlling and pair.nominated > (self._selected.nominated if self._selected else 0):
@@ -345,9 +355,13 @@ class PunchAgent:
             self._send(check.pair, now)
         return True
 
-    def _take_answer(self, pair: Pair, rtt_s: float, now: float) -> None:
+    def _take_answer(self, check: _Check, now: float) -> None:
+        pair = check.pair
         pair.apply(PairInput.ANSWER)
-        pair.take_answer(now, rtt_s)
+        pair.measure(now, now - check.sent_at)
+        if self.controlling and pair is self._selected and not check.nominates:
+            return  # It says nothing about the nomination, which is on its way.
+        pair.trust()
         pair.next_at = now + self._period(pair)
         if self.controlling and pair.samples < 2 and self._beats_selected(pair):
             pair.next_at = now + self._settings.second_look_s
@@ -356,11 +370,13 @@ class PunchAgent:
         """Until the next check of a working path."""
         if pair is self._selected:
             return self._jittered(self._settings.consent_s)
-        others = sorted(
-            (other for other in self._checks.within(PairState.VALID) if other is not self._selected),
-            key=lambda other: other.score,
-        )
-        return self._jittered(self._settings.alternative_s if pair in others[:2] else self._settings.spare_s)
+        near = pair in self._spares()[:ALTERNATIVES]
+        return self._jittered(self._settings.alternative_s if near else self._settings.spare_s)
+
+    def _spares(self) -> list[Pair]:
+        """Working paths that are not chosen, best first."""
+        others = (pair for pair in self._checks.within(PairState.VALID) if pair is not self._selected)
+        return sorted(others, key=lambda pair: pair.score)
 
     def _jittered(self, period_s: float) -> float:
         share = int.from_bytes(self._entropy(2), "big") / 0xFFFF
@@ -424,13 +440,22 @@ class PunchAgent:
 
     def _continue_probe(self, pair: Pair, now: float) -> None:
         if not pair.quick_s:
-            pair.begin_probe(self._settings.miss_s, self._settings.quick_tries)
+            pair.begin_probe(now, self._settings.miss_s, self._settings.quick_tries)
         elif pair.misses >= pair.quick_tries:
             self._fail(pair, f"no answer to {pair.misses + 1} checks", now)
             return
         else:
             pair.misses += 1
+            if pair is self._selected and pair.misses == 1:
+                self._rouse_others(now)
         self._probe(pair, now)
+
+    def _rouse_others(self, now: float) -> None:
+        """The chosen path missed an answer: do the next best ones still work?"""
+        for other in self._spares()[:ALTERNATIVES]:
+            if not other.quick_s:
+                other.begin_probe(now, self._settings.miss_s, self._settings.quick_tries)
+                self._probe(other, now)
 
     def _probe(self, pair: Pair, now: float) -> None:
         """Check a working path; its packets are counted, not held back."""
@@ -441,7 +466,7 @@ class PunchAgent:
     def _verify(self, pair: Pair, now: float) -> None:
         if pair.quick_s and (pair.misses or pair.quick_s <= self._settings.verify_s):
             return
-        pair.begin_probe(self._settings.verify_s, self._settings.verify_tries)
+        pair.begin_probe(now, self._settings.verify_s, self._settings.verify_tries)
         self._probe(pair, now)
 
     def _take_silent(self, pair: Pair, now: float) -> bool:
@@ -451,15 +476,15 @@ class PunchAgent:
         """One check (RFC 8445 section 7.2.2)."""
         transaction = self.tag + self._entropy(stun.TRANSACTION_ID_BYTES - TAG_BYTES)
         role = "ice_controlling" if self.controlling else "ice_controlled"
-        nomination = {"use_candidate": None} if self.controlling and pair is self._selected else {}
+        nominates = self.controlling and pair is self._selected
         message = stun.request(
             transaction,
             username=self.credentials.username_out,
             priority=priority_of(CandidateKind.PEER_REFLEXIVE, pair.local),
             **{role: self._tie_breaker},
-            **nomination,
+            **({"use_candidate": None} if nominates else {}),
         )
-        self._awaited.put(transaction, _Check(pair, now, self.controlling))
+        self._awaited.put(transaction, _Check(pair, now, self.controlling, nominates))
         pair.checks_sent += 1
         pair.last_sent_at = now
         self._out.append(Transmit(pair.path, stun.build(message, self._key_out)))
@@ -511,6 +536,11 @@ class PunchAgent:
             self._nominate(best, now)
         elif not self._held and best.samples >= 2 and self._beats_selected(best):
             self._nominate(best, now)
+        elif self._selected.misses >= self._settings.move_misses:
+            doubt_at = self._selected.doubt_at
+            answering = [pair for pair in self._spares() if (pair.last_answer_at or 0.0) > doubt_at]
+            if answering:
+                self._nominate(answering[0], now)
 
     def _beats_selected(self, pair: Pair) -> bool:
         """Whether it is better than the chosen path by enough to move."""
@@ -521,7 +551,7 @@ class PunchAgent:
 
     def _nominate(self, pair: Pair, now: float) -> None:
         self._select(pair, now)
-        pair.begin_probe(self._settings.miss_s, self._settings.quick_tries)
+        pair.begin_probe(now, self._settings.miss_s, self._settings.quick_tries)
         self._probe(pair, now)
 
     def _select(self, pair: Pair, now: float) -> None:

@@ -53,7 +53,7 @@ class PunchMux:
 
     def route(self, path: Path, data: bytes, now: float) -> list[Output] | None:
         """What the agent answers to this datagram; None when it is no agent's, so that others may have a look."""
-        agent = self._agent_untrusted(data)
+        agent = self.find_untrusted(data)
         if agent is None:
             return None
         try:
@@ -62,7 +62,8 @@ class PunchMux:
             return []
         return agent.handle(path, message, now)
 
-    def _agent_untrusted(self, data: bytes) -> PunchAgent | None:
+    def find_untrusted(self, data: bytes) -> PunchAgent | None:
+        """The agent that a datagram names; whether it means it is for the agent to say."""
         if classify(data) is not Kind.STUN:
             return None
         if int.from_bytes(data[:2], "big") & ERROR_OR_SUCCESS:

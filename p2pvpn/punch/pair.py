@@ -63,7 +63,7 @@ PENALTY_S = {
     CandidateKind.HOST: 0.0,
     CandidateKind.DECLARED: 0.002,
     CandidateKind.MAPPED: 0.004,
-    CandidateKind.PEER_REFLEXIVE: 0.005,
+    CandidateKind.PEER_REFLEXIVE: 0.006,
     CandidateKind.REFLEXIVE: 0.005,
 }
 """What a path's worse end adds to its round-trip time: bindings of NATs have to be kept open and can vanish."""
@@ -116,6 +116,8 @@ class Pair:
     quick_s: float = 0.0
     """Spacing of the checks while an answer is missing, 0.0 when none is."""
     quick_tries: int = 0
+    doubt_at: float = 0.0
+    """When the first check went out whose answer is missing."""
     rtt_s: float | None = None
     samples: int = 0
     """Answers since the pair became valid."""
@@ -147,7 +149,7 @@ class Pair:
     @property
     def kind(self) -> CandidateKind:
         """The worse of both ends."""
-        return max(self.local_kind, self.remote.kind, key=lambda kind: (PENALTY_S[kind], -kind.preference))
+        return max(self.local_kind, self.remote.kind, key=PENALTY_S.__getitem__)
 
     @property
     def score(self) -> float:
@@ -174,9 +176,10 @@ class Pair:
     def round_is_over(self) -> bool:
         return self.step >= len(self.offsets)
 
-    def begin_probe(self, spacing_s: float, tries: int) -> None:
+    def begin_probe(self, now: float, spacing_s: float, tries: int) -> None:
         """A working path is checked, and `tries` times more at this spacing unless it answers."""
         self.misses = 0
+        self.doubt_at = now
         self.quick_s = spacing_s
         self.quick_tries = tries
 
@@ -186,25 +189,27 @@ class Pair:
         late_s = max(self.quick_s, 1.25 * (self.rtt_s or 0.0) + 0.05)
         self.next_at = now + (late_s if last or not self.misses else self.quick_s)
 
-    def take_answer(self, now: float, rtt_s: float) -> None:
-        """Measure; an answer ends every doubt."""
+    def measure(self, now: float, rtt_s: float) -> None:
+        """A check was answered after so long."""
         self.answers += 1
         self.samples += 1
         self.last_answer_at = now
         self.rtt_s = rtt_s if self.rtt_s is None else self.rtt_s + RTT_GAIN * (rtt_s - self.rtt_s)
-        self.misses = 0
         self.failures = 0
-        self.quick_s = 0.0
         self.reason = ""
+
+    def trust(self) -> None:
+        """No answer is missing any more."""
+        self.misses = 0
+        self.quick_s = 0.0
 
     def fail(self, reason: str, retry_at: float) -> None:
         """Bookkeeping of a failure; the state is the table's."""
         self.reason = reason
         self.failures += 1
         self.samples = 0
-        self.quick_s = 0.0
-        self.misses = 0
         self.rtt_s = None
+        self.trust()
         self.next_at = retry_at
 
     def report(self, selected: bool, priority: int) -> PairReport:

@@ -26,7 +26,7 @@ class PunchSettings:
     consent_s: float = 5.0
     """Between consent checks on the selected path, randomised (RFC 7675 section 5.1)."""
     alternative_s: float = 25.0
-    """Between checks of the two best other paths: keeps their NAT bindings (RFC 4787: 2 min, seen: 30 s) and round
+    """Between checks of the best other paths: keeps their NAT bindings (RFC 4787: 2 min, seen: 30 s) and round
     trips fresh."""
     spare_s: float = 120.0
     """Between checks of all other paths."""
@@ -40,6 +40,8 @@ class PunchSettings:
     verify_s: float = 0.2
     """The spacing when the path is in doubt (`verify`): five checks, so a verdict in 1 s."""
     verify_tries: int = 4
+    move_misses: int = 2
+    """After so many misses another path is chosen if it has answered meanwhile, without waiting for the verdict."""
     gain: float = 0.1
     """A path replaces the selected one when its score is better by this share ..."""
     gain_s: float = 0.002
