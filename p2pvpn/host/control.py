@@ -27,6 +27,8 @@ from typing import Any
 
 from p2pvpn.core.errors import LocalError, P2pvpnError, RemoteError
 
+from .store import runtime_root
+
 MAX_REQUEST_BYTES = 65_536
 """No request of ours comes near; an invitation or a grant has a few kilobytes."""
 MAX_ANSWER_BYTES = 16 * 1024 * 1024
@@ -45,6 +47,11 @@ Handler = Callable[[str, dict[str, Any]], Awaitable[object]]
 """(method, params) -> result that JSON can say. Errors of ours become error answers with their hint."""
 
 _log = logging.getLogger(__name__)
+
+
+def control_path() -> Path:
+    """Where the daemon of this machine listens."""
+    return runtime_root() / "control.sock"
 
 
 class ControlServer:

@@ -36,6 +36,10 @@ class Underlay(Protocol):
         """Addresses of the machine that a peer might reach (not loopback, not link-local, not ours), with our port."""
         ...
 
+    def local_networks(self) -> Sequence[IpNetwork]:
+        """The subnets that those addresses are in."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class SaUsage:
@@ -141,3 +145,17 @@ class StateStore(Protocol):
 
 Renew = Callable[[Endpoint, bytes], Awaitable[bytes]]
 """(issuer's enrolment endpoint, request) -> answer, over TLS pinned to the issuer by what the request says."""
+
+
+class KeyLog(Protocol):
+    """Where ESP keys are written for the owner's own analysis, if he asked for it."""
+
+    def child(self, child: ChildSa) -> None: ...
+
+
+class Resolver(Protocol):
+    """Turns the address of a hub, as the admin wrote it, into endpoints."""
+
+    async def resolve(self, address: str, default_port: int) -> Sequence[Endpoint]:
+        """Numeric endpoints of `host[:port]`, the best first; empty when the name has none."""
+        ...

@@ -1,0 +1,50 @@
+"""How commands print: JSON for scripts, tables for people."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Coroutine, Sequence
+from typing import Any, TypeVar
+
+import click
+
+T = TypeVar("T")
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+
+
+def show_json(value: object) -> None:
+    click.echo(json.dumps(value, indent=2, sort_keys=False))
+
+
+def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """A table as wide as the terminal; the title stands alone when there is nothing to show."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*("" if cell is None else str(cell) for cell in row))
+    Console().print(table)
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine to its end; Ctrl-C aborts quietly."""
+    try:
+        return asyncio.run(work)
+    except KeyboardInterrupt:
+        raise click.Abort from None
+
+
+async def ask_daemon(method: str, **params: object) -> Any:
+    """One call to the running daemon. Raises LocalError with a hint when there is none."""
+    from p2pvpn.host.control import ControlClient, control_path
+
+    client = await ControlClient.connect(control_path())
+    try:
+        return await client.call(method, **params)
+    finally:
+        await client.close()

@@ -1,0 +1,111 @@
+"""`status`, `peers`, `ping`, `forget`, `events`: what the daemon knows and does."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from .output import ask_daemon, json_option, run, show_json, show_table
+
+
+@click.command()
+@json_option
+def status(as_json: bool) -> None:
+    """Networks, hubs and peers of this machine, and how each is reached."""
+    answer = run(ask_daemon("status"))
+    if as_json:
+        show_json(answer)
+        return
+    click.echo(
+        f"p2pvpn {answer['version']}, UDP port {answer['port']}, {answer['plane']} plane, up {answer['up_s']:.0f} s"
+    )
+    for network in answer["networks"]:
+        click.echo()
+        click.echo(f"{network['name']}  {network['overlay']}  {network['ipv4'] or ''}  as {network['me']}")
+        show_table(
+            "hubs", ("name", "state", "address"), [(h["name"], h["state"], h["remote"]) for h in network["hubs"]]
+        )
+        _peer_table(network["peers"])
+
+
+@click.command()
+@json_option
+def peers(as_json: bool) -> None:
+    """Peers in contact: path, round trip, traffic."""
+    answer = run(ask_daemon("status"))
+    rows = [peer for network in answer["networks"] for peer in network["peers"]]
+    if as_json:
+        show_json(rows)
+    else:
+        _peer_table(rows)
+
+
+def _peer_table(rows: list[dict[str, Any]]) -> None:
+    if not rows:
+        click.echo("no peer in contact; p2pvpn ping NAME finds one")
+        return
+    show_table(
+        "peers",
+        ("name", "state", "path", "rtt ms", "remote", "overlay", "note"),
+        [(p["name"], p["state"], p["path"], p["rtt_ms"], p["remote"], p["overlay"], p["note"]) for p in rows],
+    )
+
+
+@click.command()
+@click.argument("peer")
+@click.option("--count", "-c", type=click.IntRange(1, 1000), default=3, help="How many echoes.")
+@click.option("--interval", "-i", type=click.FloatRange(0.01, 60), default=1.0, help="Seconds between them.")
+@click.option("--timeout", "-W", type=click.FloatRange(0.1, 60), default=10.0, help="Seconds to wait for each.")
+@json_option
+@click.pass_context
+def ping(ctx: click.Context, peer: str, count: int, interval: float, timeout: float, as_json: bool) -> None:
+    """Reach PEER (a name or an overlay address) and tell the path each answer took."""
+    results = run(_ping(peer, count, interval, timeout, quiet=as_json))
+    if as_json:
+        show_json(results)
+    ctx.exit(0 if any(result["rtt_ms"] is not None for result in results) else 1)
+
+
+async def _ping(peer: str, count: int, interval: float, timeout: float, *, quiet: bool) -> list[dict[str, Any]]:
+    import asyncio
+
+    target = await ask_daemon("resolve", peer=peer)
+    if not quiet:
+        click.echo(f"{target['name']} is {target['overlay']}")
+    results = []
+    for number in range(1, count + 1):
+        if number > 1:
+            await asyncio.sleep(interval)
+        answer = await ask_daemon("ping", overlay=target["overlay"], number=number, timeout_s=timeout)
+        results.append(answer)
+        if quiet:
+            continue
+        if answer["rtt_ms"] is None:
+            click.echo(f"{number}: no answer in {timeout:g} s{': ' + answer['note'] if answer['note'] else ''}")
+        else:
+            click.echo(f"{number}: {answer['rtt_ms']:.1f} ms, {answer['path']} by {answer['remote']}")
+    return results
+
+
+@click.command()
+@click.argument("peer")
+def forget(peer: str) -> None:
+    """Close the tunnel to PEER and drop all that was cached about it; the next packet starts from nothing."""
+    answer = run(ask_daemon("forget", peer=peer))
+    click.echo(f"{answer['name']} is forgotten")
+
+
+@click.command()
+def events() -> None:
+    """Print what happens, as it happens, one JSON object a line."""
+
+    async def follow() -> None:
+        from p2pvpn.host.control import ControlClient, control_path
+
+        client = await ControlClient.connect(control_path())
+        async for event in client.events():
+            click.echo(json.dumps(event))
+
+    run(follow())

@@ -1,0 +1,89 @@
+"""One network of the daemon with what the engine leaves to the machine: files, enrolment, renewal."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+
+from p2pvpn.core.errors import LocalError, P2pvpnError
+from p2pvpn.identity.document import NetworkDocument
+from p2pvpn.identity.enrolment import Issuer
+from p2pvpn.identity.invitations import Token
+from p2pvpn.identity.profile import Profile
+from p2pvpn.mesh.network import Network
+from p2pvpn.mesh.node import Node
+from p2pvpn.mesh.renewal import keep_renewed
+
+from .enrol import EnrolmentServer, document_resolver, enrol, serve_enrolment
+from .records_db import RecordsDb
+from .store import NetworkDirectory
+
+RECORDS_FILE = "records.sqlite"
+
+
+class NetworkService:
+    """Opens and closes one network."""
+
+    def __init__(self, node: Node, directory: NetworkDirectory, profile: Profile) -> None:
+        self._node = node
+        self._directory = directory
+        self._store = directory.open()
+        self.profile = profile
+        self.issuer: Issuer | None = profile.make_issuer(entropy=os.urandom, write=self._store.write)
+        self.network: Network | None = None
+        self._enrolment: EnrolmentServer | None = None
+        self._database: RecordsDb | None = None
+        self._renewing: asyncio.Task[None] | None = None
+
+    async def open(self) -> None:
+        """Bring it up. Raises LocalError when a port or a file cannot be had."""
+        member = self.profile.member
+        if member.is_hub:
+            self._database = RecordsDb(self._directory.path / RECORDS_FILE)
+        self.network = await self._node.add_network(self.profile, self._store, self._database)
+        if member.is_hub:
+            entry = self.profile.document.hub(self.profile.key.peer_id)
+            port = entry.enrol_port if entry is not None else 443
+            self._enrolment = await serve_enrolment(self.profile, self.issuer, None, port)
+        self._renewing = self._node.services.tasks.start(
+            keep_renewed(self._node.services, self.network.standing, self._renew, self._node.refresh_credentials),
+            f"renew in {self.profile.name}",
+        )
+
+    async def close(self) -> None:
+        if self._renewing is not None:
+            self._renewing.cancel()
+        if self._enrolment is not None:
+            await self._enrolment.close()
+        if self.network is not None:
+            await self._node.remove_network(self.network.label)
+        if self._database is not None:
+            self._database.close()
+
+    def take_document(self, document: NetworkDocument) -> None:
+        """A grant brought a newer document."""
+        assert self.network is not None
+        self.network.take_document(document.encode(), "a grant")
+
+    def invite(self, name: str, valid_s: float) -> Token:
+        """Raises LocalError when this machine cannot invite."""
+        if self.issuer is None:
+            raise LocalError(
+                f"this machine is no issuer of {self.profile.name}", hint="invite on a hub that was granted --issuer"
+            )
+        return self.issuer.invite(name, time.time(), lifetime=valid_s)
+
+    async def _renew(self, profile: Profile) -> None:
+        problem: P2pvpnError = LocalError("the network document names no issuer")
+        resolve = document_resolver(profile)
+        for issuer in profile.document.issuer_ids:
+            addresses = [*resolve(issuer)]
+            addresses += [hub.enrol_addresses[0] for hub in profile.document.hubs if hub.peer_id != issuer]
+            try:
+                answer = await enrol(addresses, issuer, profile.renew_request(issuer))
+                profile.accept_untrusted(answer, time.time())
+                return
+            except P2pvpnError as failure:
+                problem = failure
+        raise problem

@@ -1,0 +1,119 @@
+"""Keeps tunnels to enough hubs: two for a peer, all of them for a hub.
+
+Which two: the order is drawn from the peer's own ID, so that peers spread over the hubs, and a hub that failed goes to
+the end of the line. One task watches; whatever ends a tunnel wakes it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from ipaddress import IPv6Address
+from typing import Protocol
+
+from p2pvpn.core.ids import PeerId
+
+from .backoff import Backoff
+from .services import Services
+
+
+@dataclass(frozen=True, slots=True)
+class Hub:
+    """A hub of the network document."""
+
+    peer_id: PeerId
+    name: str
+    overlay: IPv6Address
+
+
+class HubSession(Protocol):
+    """What attachments need of a session."""
+
+    @property
+    def connected(self) -> bool: ...
+
+    def want(self) -> None: ...
+
+
+class Attachments:
+    """Decides which hubs to be attached to, and tries until it is so."""
+
+    def __init__(
+        self, services: Services, me: PeerId, wanted: int | None, session: Callable[[IPv6Address], HubSession]
+    ):
+        """`wanted` None means every hub."""
+        self._services = services
+        self._me = me
+        self._wanted = wanted
+        self._session = session
+        self._hubs: dict[IPv6Address, Hub] = {}
+        self._failures: dict[IPv6Address, int] = {}
+        self._wake = asyncio.Event()
+        self._backoff = Backoff(services.tuning.retry_first_s, services.tuning.retry_max_s, services.entropy)
+
+    def set_hubs(self, hubs: Sequence[Hub]) -> None:
+        """The hubs of a new document, without ourselves."""
+        self._hubs = {hub.overlay: hub for hub in hubs if hub.peer_id != self._me}
+        self._failures = {overlay: count for overlay, count in self._failures.items() if overlay in self._hubs}
+        self.wake()
+
+    def wake(self) -> None:
+        """Something changed: look again now, without a back-off."""
+        self._backoff.reset()
+        self._wake.set()
+
+    def lost(self, overlay: IPv6Address) -> None:
+        """A tunnel to a hub ended, or an attempt failed."""
+        if overlay in self._hubs:
+            self._failures[overlay] = self._failures.get(overlay, 0) + 1
+            self._wake.set()
+
+    def attached(self, overlay: IPv6Address) -> None:
+        self._failures.pop(overlay, None)
+        self._backoff.reset()
+        self._wake.set()
+
+    @property
+    def hubs(self) -> list[Hub]:
+        return list(self._hubs.values())
+
+    def connected(self) -> list[Hub]:
+        """Hubs we have a tunnel to, in our order of preference."""
+        return [hub for hub in self._ordered() if self._session(hub.overlay).connected]
+
+    def hub_at(self, overlay: IPv6Address) -> Hub | None:
+        return self._hubs.get(overlay)
+
+    def _ordered(self) -> list[Hub]:
+        def rank(hub: Hub) -> tuple[int, bytes]:
+            return self._failures.get(hub.overlay, 0), hashlib.sha256(self._me + hub.peer_id).digest()
+
+        return sorted(self._hubs.values(), key=rank)
+
+    async def run(self) -> None:
+        """Keep attached until cancelled."""
+        while True:
+            missing = self._start_missing()
+            self._wake.clear()
+            try:
+                async with asyncio.timeout(self._backoff.next_pause() if missing else None):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass
+
+    def _start_missing(self) -> bool:
+        """Begin with as many hubs as are missing; whether any is missing."""
+        ordered = self._ordered()
+        up = sum(self._session(hub.overlay).connected for hub in ordered)
+        wanted = len(ordered) if self._wanted is None else min(self._wanted, len(ordered))
+        missing = wanted - up
+        for hub in ordered:
+            if missing <= 0:
+                break
+            session = self._session(hub.overlay)
+            if not session.connected:
+                session.want()
+                missing -= 1
+        return up < wanted

@@ -1,0 +1,92 @@
+"""How a connection begins, from the wish to the SA: locate, dial or call, IKE.
+
+a hub                       dial its address from the network document
+a peer with a public path   dial what its locator says; silence for a second means: go on
+any other peer              call it through a hub, bind our side of the relay, run IKE over it
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from ipaddress import IPv6Address
+from typing import Protocol
+
+from p2pvpn.core.address import Endpoint, Path, any_local
+from p2pvpn.core.errors import P2pvpnError
+
+from .relaying import RelayPath
+from .services import Services
+
+
+class ConnectError(P2pvpnError):
+    """An attempt ended at `step`."""
+
+    def __init__(self, step: str, reason: str) -> None:
+        super().__init__(reason)
+        self.step = step
+
+
+@dataclass(eq=False, slots=True)
+class Attempt:
+    """One try to bring an SA up; the tag of its IKE exchange."""
+
+    overlay: IPv6Address
+    path: Path | None = None
+    sa_id: int | None = None
+    started_at: float = field(default_factory=lambda: asyncio.get_running_loop().time())
+    done: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+    def succeed(self) -> None:
+        if not self.done.done():
+            self.done.set_result(None)
+
+    def fail(self, reason: str) -> None:
+        if not self.done.done():
+            self.done.set_exception(ConnectError("IKE", reason))
+
+    def abandon(self, services: Services) -> None:
+        """Forget the exchange without a word."""
+        if self.sa_id is not None and not self.done.done():
+            services.ike.drop(self.sa_id)
+        self.done.cancel()
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """Where a peer may be found: endpoints that answer strangers, and the hubs that can call it."""
+
+    endpoints: tuple[Endpoint, ...]
+    is_hub: bool
+
+
+class Finder(Protocol):
+    """What the story needs of the network."""
+
+    async def locate(self, overlay: IPv6Address) -> Located: ...
+
+    async def relay_to(self, overlay: IPv6Address) -> RelayPath: ...
+
+    async def dial(self, attempt: Attempt, timeout_s: float) -> None:
+        """Run IKE over the attempt's path until the SA is up. Raises ConnectError."""
+        ...
+
+
+async def connect(finder: Finder, services: Services, attempt: Attempt) -> None:
+    """Bring an SA with `attempt.overlay` up. Raises ConnectError with the step that failed."""
+    located = await finder.locate(attempt.overlay)
+    tuning = services.tuning
+    for endpoint in located.endpoints:
+        attempt.path = any_local(endpoint, services.underlay.port)
+        try:
+            await finder.dial(attempt, tuning.hub_dial_timeout_s if located.is_hub else tuning.direct_dial_timeout_s)
+            return
+        except ConnectError:
+            if located.is_hub and endpoint == located.endpoints[-1]:
+                raise
+            attempt.abandon(services)
+            attempt.done = asyncio.get_running_loop().create_future()
+            attempt.sa_id = None
+    relay = await finder.relay_to(attempt.overlay)
+    attempt.path = relay.path
+    await finder.dial(attempt, tuning.connect_timeout_s)

@@ -1,0 +1,245 @@
+"""What a hub does for peers beyond the DHT: it takes calls, gives relays, and tells STUN clients who they are.
+
+A call is judged three times: by the caller's hub, by the target's hub, and by the target. Each checks the caller's
+certificate and the document's allowed pairs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from ipaddress import IPv6Address
+from typing import Protocol
+
+from p2pvpn.core.address import Endpoint, IpAddress
+from p2pvpn.core.errors import LocalError, P2pvpnError, TrustError
+from p2pvpn.core.ids import PeerId
+from p2pvpn.core.output import Output
+from p2pvpn.dht.hub import HubNode
+from p2pvpn.dht.policy import AcceptancePolicy
+from p2pvpn.dht.records import Record
+from p2pvpn.dht.rpc import RpcNode, RpcRefusedError
+from p2pvpn.dht.storage import Backend, RecordStore
+from p2pvpn.identity.member import Member
+from p2pvpn.relay.limits import RelayLimits
+from p2pvpn.relay.server import Answer, Bind, ClosePair, Forward, RelayServer
+
+from .calls import CALL, FORWARD, MEET, Call, Invitation, Meet
+from .calls import Forward as ForwardCall
+from .directory import Directory
+from .ports import Forwarder
+from .pump import Pump
+from .services import Services
+from .standing import Standing
+
+
+class Refusal:
+    """Codes of refused calls on the wire."""
+
+    FOREIGN = 32
+    DENIED = 33
+    QUOTA = 34
+    FULL = 35
+    ABSENT = 36
+    UNTRUSTED = 37
+
+
+FORWARD_TRIES = 3
+"""Hubs of the target that are asked in turn."""
+USAGE_POLL_S = 10.0
+
+
+class Registry(Protocol):
+    """What the hub asks of its network."""
+
+    standing: Standing
+    directory: Directory
+
+    def is_hub(self, overlay: IPv6Address) -> bool: ...
+
+    def outer_address(self, overlay: IPv6Address) -> IpAddress | None:
+        """Where the peer's tunnel to us lives; None without a tunnel."""
+        ...
+
+
+class HubSide:
+    """DHT node, calls and relays of one hub in one network."""
+
+    def __init__(
+        self,
+        *,
+        services: Services,
+        registry: Registry,
+        rpc: RpcNode,
+        forwarder: Forwarder,
+        policy: AcceptancePolicy,
+        backend: Backend | None,
+    ) -> None:
+        self._services = services
+        self._registry = registry
+        self._rpc = rpc
+        self._forwarder = forwarder
+        self.relay = RelayServer(RelayLimits(), services.entropy)
+        self._pump = Pump(self.relay, services.underlay, self._execute)
+        self._ports: set[int] = set()
+        self.store = RecordStore(backend)
+        self.node = HubNode(
+            rpc, registry.standing.me.peer_id, policy, self.store, services.wall, allowed=self._may_look_up
+        )
+        rpc.register(CALL, self._on_call)
+        rpc.register(FORWARD, self._on_forward)
+
+    async def open(self) -> None:
+        await self.node.start()
+
+    async def run(self) -> None:
+        """Tell the relay what its forwarder carried, until cancelled: idle and greedy allocations end by it."""
+        while True:
+            await asyncio.sleep(USAGE_POLL_S)
+            for port in list(self.relay.ports()):
+                at, total = self._forwarder.used_at(port)
+                self._pump.feed(self.relay.forwarded(port, at, total))
+
+    async def close(self) -> None:
+        """Stop to serve and close every relay port."""
+        await self.node.stop()
+        for port in list(self.relay.ports()):
+            self._forwarder.close_pair(port)
+        self._ports.clear()
+        self._pump.close()
+
+    def set_hubs(self, hubs: list[PeerId]) -> None:
+        """The hubs of the document in force."""
+        self.node.set_hubs(hubs)
+
+    def _may_look_up(self, asker: IPv6Address, record: Record) -> bool:
+        """Look-ups are answered only for pairs that the document allows."""
+        standing = self._registry.standing
+        member = self._registry.directory.member(asker)
+        try:
+            return member is None or standing.document.allows(member, standing.verify(record.certificate))
+        except TrustError:
+            return False
+
+    # Relay.
+
+    def on_unbound(self, port: int, source: Endpoint, data: bytes) -> None:
+        """A packet at a relay port that the forwarder hands up."""
+        if port in self._ports:
+            self._pump.feed(self.relay.handle(port, source, data, self._services.now))
+
+    def _execute(self, output: Output) -> None:
+        match output:
+            case Bind(port, source):
+                self._forwarder.bind(port, source)
+            case Answer(port, to, data) | Forward(port, to, data):
+                self._forwarder.answer(port, to, data)
+            case ClosePair(port):
+                self._forwarder.close_pair(port)
+                self._ports.discard(port)
+
+    def peer_at(self, peer_id: PeerId, address: IpAddress | None) -> None:
+        """A peer's tunnel to us came up, moved or ended."""
+        self.relay.owner_at(peer_id, address)
+
+    # Calls.
+
+    async def _on_call(self, sender: IPv6Address, args: object) -> list[object]:
+        call = Call.decode_untrusted(args)
+        caller = self._caller(call.certificate)
+        if caller.overlay != sender:
+            raise RpcRefusedError(Refusal.FOREIGN, "the certificate is not the caller's")
+        self._judge(caller, call.target)
+        relays, side_a, side_b = await self._allocate(caller, call.target)
+        overlay = self._registry.standing.overlay_of(call.target)
+        meet = Meet(call.certificate, Invitation(relays(side_b[0]), side_b[1]))
+        if self._registry.outer_address(overlay) is not None:
+            self._services.tasks.start(self._invite(overlay, meet), f"invite {overlay}")
+        else:
+            await self._forward(call, meet)
+        return Invitation(relays(side_a[0]), side_a[1]).encode()
+
+    async def _allocate(
+        self, caller: Member, target: PeerId
+    ) -> tuple[Callable[[int], tuple[Endpoint, ...]], tuple[int, bytes], tuple[int, bytes]]:
+        now = self._services.now
+        if not self.relay.may_allocate(caller.peer_id, now):
+            raise RpcRefusedError(Refusal.QUOTA, "the caller has as many relays as it may have")
+        try:
+            port_a, port_b = await self._forwarder.open_pair()
+        except LocalError as problem:
+            raise RpcRefusedError(Refusal.FULL, str(problem)) from None
+        registry = self._registry
+        try:
+            allocation = self.relay.allocate(
+                port_a,
+                port_b,
+                caller.peer_id,
+                target,
+                registry.outer_address(caller.overlay),
+                registry.outer_address(registry.standing.overlay_of(target)),
+                now,
+            )
+        except P2pvpnError as problem:
+            self._forwarder.close_pair(port_a)
+            raise RpcRefusedError(Refusal.QUOTA, str(problem)) from None
+        self._ports |= {port_a, port_b}
+        self._pump.feed([])
+        addresses = self._public_addresses()
+
+        def relays(port: int) -> tuple[Endpoint, ...]:
+            return tuple(Endpoint.of(str(address), port) for address in addresses)
+
+        return relays, (port_a, allocation.side_a.encode()), (port_b, allocation.side_b.encode())
+
+    async def _invite(self, target: IPv6Address, meet: Meet) -> None:
+        try:
+            await self._rpc.request(target, MEET, meet.encode(), timeout=self._services.tuning.call_timeout_s)
+        except P2pvpnError:
+            return  # The caller's IKE retransmits, and its next attempt tries another hub.
+
+    async def _forward(self, call: Call, meet: Meet) -> None:
+        problem: P2pvpnError = RpcRefusedError(Refusal.ABSENT, "no hub knows the peer")
+        forward = ForwardCall(call.target, meet).encode()
+        for hub in call.hubs[:FORWARD_TRIES]:
+            overlay = self._registry.standing.overlay_of(hub)
+            if hub == self._registry.standing.me.peer_id or not self._registry.is_hub(overlay):
+                continue
+            try:
+                await self._rpc.request(overlay, FORWARD, forward, timeout=1.5)
+                return
+            except P2pvpnError as refusal:
+                problem = refusal
+        raise RpcRefusedError(Refusal.ABSENT, f"the peer could not be told: {problem}")
+
+    async def _on_forward(self, sender: IPv6Address, args: object) -> list[object]:
+        forward = ForwardCall.decode_untrusted(args)
+        if not self._registry.is_hub(sender):
+            raise RpcRefusedError(Refusal.FOREIGN, "only hubs forward calls")
+        caller = self._caller(forward.meet.certificate)
+        overlay = self._registry.standing.overlay_of(forward.target)
+        if self._registry.outer_address(overlay) is None:
+            raise RpcRefusedError(Refusal.ABSENT, "the peer is not attached here")
+        self._judge(caller, forward.target)
+        self._services.tasks.start(self._invite(overlay, forward.meet), "invite for another hub")
+        return []
+
+    def _judge(self, caller: Member, target: PeerId) -> None:
+        """Refuses what the document forbids; a target we know nothing of is left to its own hub and to itself."""
+        standing = self._registry.standing
+        member = self._registry.directory.member(standing.overlay_of(target))
+        if member is not None and not standing.document.allows(caller, member):
+            raise RpcRefusedError(Refusal.DENIED, "the network document does not let the two talk")
+
+    def _public_addresses(self) -> list[IpAddress]:
+        """Ours: what the document says in numbers, else what the machine has."""
+        standing = self._registry.standing
+        entry = standing.document.hub(standing.me.peer_id)
+        declared = [endpoint.ip for endpoint in entry.endpoints(0)] if entry is not None else []
+        return declared or [endpoint.ip for endpoint in self._services.underlay.local_endpoints()]
+
+    def _caller(self, certificate: bytes) -> Member:
+        try:
+            return self._registry.standing.verify(certificate)
+        except TrustError as problem:
+            raise RpcRefusedError(Refusal.UNTRUSTED, str(problem)) from None

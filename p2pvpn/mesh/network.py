@@ -1,0 +1,381 @@
+"""One network on this machine: puts the parts of the engine together and passes IKE's news to sessions.
+
+standing     who we are, whom we believe          attachments  tunnels to hubs
+directory    names and places in the DHT          rendezvous   calls and relays
+gossip       newer network documents              hub          what a hub does for others
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from ipaddress import IPv6Address
+from typing import Protocol
+
+from p2pvpn.core.address import Endpoint, IpAddress
+from p2pvpn.core.output import Output
+from p2pvpn.core.selector import Selector
+from p2pvpn.dht.client import DhtClient
+from p2pvpn.dht.policy import AcceptancePolicy
+from p2pvpn.dht.rpc import DHT_PORT, RpcNode
+from p2pvpn.dht.storage import Backend
+from p2pvpn.identity.keys import PeerKey
+from p2pvpn.identity.member import Member
+from p2pvpn.ike.config import Credential, IkeId, Initiate
+from p2pvpn.ike.notifies import Notify
+from p2pvpn.ike.outputs import Informed, SaClosed, SaEstablished, SaMoved
+from p2pvpn.punch.candidates import Candidate, encode_candidates
+
+from .attach import Attachments
+from .connect import Attempt, ConnectError, Located
+from .directory import Directory
+from .events import DocumentReplaced, HubAttached, HubDetached, MeshEvent
+from .gossip import DocumentGossip
+from .hubside import HubSide
+from .notices import CANDIDATES, DocumentVersion, document_version
+from .ports import Resolver
+from .relaying import RelayPath
+from .rendezvous import Rendezvous
+from .services import Services
+from .session import Session
+from .standing import Standing
+
+DEFAULT_HUB_PORT = 4500
+MAX_SESSIONS = 20_000
+"""Peers in contact at a time; a hub of a large network has the most."""
+ANY = (Selector.of_network("::/0"), Selector.of_network("0.0.0.0/0"))
+
+
+class Place(Protocol):
+    """Where the machine is, as of now."""
+
+    def candidates(self) -> list[Candidate]: ...
+
+    def public_endpoints(self) -> tuple[Endpoint, ...]: ...
+
+    def hubs_changed(self) -> None:
+        """The hubs whose STUN service we use are others."""
+        ...
+
+
+class Network:
+    """The engine's state for one network."""
+
+    def __init__(
+        self,
+        services: Services,
+        standing: Standing,
+        resolver: Resolver,
+        place: Place,
+        backend: Backend | None,
+    ) -> None:
+        self._services = services
+        self._resolver = resolver
+        self.standing = standing
+        self.label = standing.label
+        self._place = place
+        self.sessions: dict[IPv6Address, Session] = {}
+        self._by_sa: dict[int, Session] = {}
+        self.rpc = RpcNode(self.me.overlay, DHT_PORT, services.entropy)
+        self.rpc.is_hub = self.is_hub
+        policy = AcceptancePolicy(self.me.network, standing.verify_leaf)
+        self.dht = DhtClient(self.rpc, policy, services.wall)
+        self.directory = Directory(services, self, self.dht)
+        wanted = None if self.me.is_hub else services.tuning.hubs_wanted
+        self.attachments = Attachments(services, self.me.peer_id, wanted, self.session)
+        self.gossip = DocumentGossip(self.rpc, standing.encoded_document, self._adopt)
+        self.rendezvous = Rendezvous(
+            services=services,
+            standing=standing,
+            rpc=self.rpc,
+            attachments=self.attachments,
+            directory=self.directory,
+            session=self.session,
+            emit=self.emit,
+        )
+        self.hub: HubSide | None = None
+        if self.me.is_hub and services.forwarder is not None:
+            self.hub = HubSide(
+                services=services,
+                registry=self,
+                rpc=self.rpc,
+                forwarder=services.forwarder,
+                policy=policy,
+                backend=backend,
+            )
+
+    @property
+    def me(self) -> Member:
+        return self.standing.me
+
+    def emit(self, event: MeshEvent) -> None:
+        self._services.emit(event)
+
+    @property
+    def key(self) -> PeerKey:
+        return self.standing.key
+
+    def verify(self, certificate: bytes) -> Member:
+        """Raises TrustError."""
+        return self.standing.verify(certificate)
+
+    def local_candidates(self) -> list[Candidate]:
+        return self._place.candidates()
+
+    def public_endpoints(self) -> tuple[Endpoint, ...]:
+        return self._place.public_endpoints()
+
+    # Life.
+
+    async def open(self) -> None:
+        """Bring the TUN device up; returns when local things work, not when hubs answer."""
+        standing = self.standing
+        mtu = self._services.tuning.overlay_mtu
+        await self._services.plane.open_network(self.label, standing.addresses, standing.routes, mtu)
+        await self.rpc.open()
+        self._apply_document()
+        if self.hub is not None:
+            await self.hub.open()
+
+    async def run(self) -> None:
+        """Everything that goes on until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self.attachments.run(), name="attachments")
+            group.create_task(self.directory.run(), name="publish")
+            group.create_task(self._inspect(), name="inspect")
+            if self.hub is not None:
+                group.create_task(self.hub.run(), name="hub")
+
+    async def close(self) -> None:
+        """Say goodbye to everybody and take the device away."""
+        for session in self.sessions.values():
+            session.disconnect("shutting down")
+        await self._services.ike.drained()
+        if self.hub is not None:
+            await self.hub.close()
+        await self.rpc.close()
+        await self._services.plane.close_network(self.label)
+
+    async def reopen(self) -> None:
+        """The plane was started anew: make the device again and connect again."""
+        standing = self.standing
+        mtu = self._services.tuning.overlay_mtu
+        await self._services.plane.open_network(self.label, standing.addresses, standing.routes, mtu)
+        self.attachments.wake()
+
+    def abandon(self, reason: str) -> None:
+        """Every SA lost its plane: close them all, without hope for their traffic."""
+        for session in self.sessions.values():
+            session.disconnect(reason)
+
+    def take_document(self, raw: bytes, source: str) -> None:
+        """A document from outside the mesh, a new grant say. Raises TrustError or WireError."""
+        self._adopt(raw, source)
+
+    async def _inspect(self) -> None:
+        while True:
+            await asyncio.sleep(self._services.tuning.loss_suspect_s)
+            live = [s.current.child_id for s in self.sessions.values() if s.current is not None]
+            usage = await self._services.plane.usage(live)
+            for overlay, session in list(self.sessions.items()):
+                session.inspect(usage)
+                if session.idle and not self.is_hub(overlay):
+                    del self.sessions[overlay]
+
+    # The network document.
+
+    def _adopt(self, raw: bytes, source: str) -> None:
+        if self.standing.adopt(raw):
+            self.emit(DocumentReplaced(self.label, self.standing.document.version, source))
+            self._apply_document()
+            self._tell_everybody((self._version_notify(),))
+
+    def _apply_document(self) -> None:
+        hubs = self.standing.hubs()
+        self.attachments.set_hubs(hubs)
+        if self.hub is not None:
+            self.hub.set_hubs([hub.peer_id for hub in hubs])
+        self._hubs_changed()
+        for session in list(self.sessions.values()):
+            if session.member is not None and not self.standing.still_allowed(session.member):
+                session.disconnect("the network document forbids it")
+
+    def _version_notify(self) -> Notify:
+        document = self.standing.document
+        return DocumentVersion(document.version, document.digest).notify()
+
+    def _compare_version(self, session: Session, notifies: tuple[Notify, ...]) -> None:
+        theirs = document_version(notifies)
+        mine = self.standing.document
+        if theirs is not None and theirs.version >= mine.version and theirs.digest != mine.digest:
+            self._services.tasks.start(self.gossip.fetch(session.overlay), "fetch document")
+
+    def _tell_everybody(self, notifies: tuple[Notify, ...], *, punching_only: bool = False) -> None:
+        for session in self.sessions.values():
+            if session.current is not None and (session.current.agent is not None or not punching_only):
+                self._services.ike.inform(session.current.id, notifies)
+
+    # Sessions.
+
+    def session(self, overlay: IPv6Address) -> Session:
+        """The session with an overlay address, made when there is none."""
+        session = self.sessions.get(overlay)
+        if session is None:
+            if len(self.sessions) >= MAX_SESSIONS:
+                idle = next((known for known, other in self.sessions.items() if other.idle), None)
+                self.sessions.pop(idle, None)  # type: ignore[arg-type]
+            session = self.sessions[overlay] = Session(self._services, self, overlay)
+        return session
+
+    def name_of(self, overlay: IPv6Address) -> str:
+        hub = self.attachments.hub_at(overlay)
+        return hub.name if hub is not None else self.directory.name_of(overlay) or str(overlay)
+
+    def is_hub(self, overlay: IPv6Address) -> bool:
+        return self.attachments.hub_at(overlay) is not None
+
+    def trapped(self, packet: bytes, destination: IpAddress) -> None:
+        """A packet for somebody without an SA."""
+        if isinstance(destination, IPv6Address):
+            if destination in self.standing.overlay_network and destination != self.me.overlay:
+                self.session(destination).trap(packet)
+        elif destination in self.standing.profile.genesis.ipv4_pool and destination != self.me.ipv4:
+            known = self.directory.known_ipv4(destination)
+            if known is not None:
+                self.session(known).trap(packet)
+            else:
+                self.directory.resolve_then(destination, lambda overlay: self.session(overlay).trap(packet))
+
+    # What the story of a connection asks (connect.Finder).
+
+    async def locate(self, overlay: IPv6Address) -> Located:
+        """A hub's address from the document, a peer's locator from the DHT. Raises ConnectError."""
+        hub = self.attachments.hub_at(overlay)
+        if hub is None:
+            locator = await self.directory.locator(overlay)
+            return Located(locator.endpoints, False)
+        entry = self.standing.document.hub(hub.peer_id)
+        endpoints: list[Endpoint] = []
+        for address in entry.addresses if entry is not None else ():
+            endpoints += await self._resolver.resolve(address, DEFAULT_HUB_PORT)
+        if not endpoints:
+            raise ConnectError("locate", f"no address of hub {hub.name} can be resolved")
+        return Located(tuple(endpoints), True)
+
+    async def relay_to(self, overlay: IPv6Address) -> RelayPath:
+        return await self.rendezvous.relay_to(overlay)
+
+    async def dial(self, attempt: Attempt, timeout_s: float) -> None:
+        """Run IKE over the attempt's path. Raises ConnectError."""
+        assert attempt.path is not None
+        request = Initiate(
+            credential=self.credential(),
+            path=attempt.path,
+            remote_id=IkeId.address(attempt.overlay),
+            local=self.me.blocks,
+            remote=ANY,
+            tag=attempt,
+        )
+        endpoint = self._services.ike.endpoint
+        attempt.sa_id = await self._services.ike.call(lambda now: endpoint.initiate(request, now))
+        try:
+            async with asyncio.timeout(timeout_s):
+                await asyncio.shield(attempt.done)
+        except TimeoutError:
+            raise ConnectError("IKE", f"no answer from {attempt.path.remote}") from None
+
+    def credential(self) -> Credential:
+        return self.standing.credential(self._auth_notifies)
+
+    def _auth_notifies(self) -> tuple[Notify, ...]:
+        if self.me.is_hub:
+            return (self._version_notify(),)
+        return self._version_notify(), self._candidates_notify()
+
+    def _candidates_notify(self) -> Notify:
+        return Notify(CANDIDATES, encode_candidates(self.local_candidates()))
+
+    # IKE's news.
+
+    def established(self, event: SaEstablished, child_id: int) -> None:
+        member = event.remote.subject
+        assert isinstance(member, Member)
+        self.directory.learn(member)
+        session = self.session(member.overlay)
+        self._by_sa[event.sa] = session
+        relay = session.relays.get(event.path.remote)
+        if relay is not None:
+            relay.claimed = True
+        session.established(event, child_id)
+        self._session_changed(session, "")
+        self._compare_version(session, event.notifies)
+
+    def on_ike(self, output: Output) -> None:
+        """An event of an established SA; those of other networks are ignored."""
+        match output:
+            case SaClosed(sa=sa, reason=reason):
+                session = self._by_sa.pop(sa, None)
+                if session is not None:
+                    session.closed(sa, reason)
+                    self._session_changed(session, reason)
+            case SaMoved(sa=sa, path=path):
+                session = self._by_sa.get(sa)
+                if session is not None:
+                    session.moved(sa, path)
+                    self._tell_relay(session)
+            case Informed(sa=sa, notifies=notifies):
+                session = self._by_sa.get(sa)
+                if session is not None:
+                    session.informed(sa, notifies)
+                    self._compare_version(session, notifies)
+
+    def _session_changed(self, session: Session, reason: str) -> None:
+        hub = self.attachments.hub_at(session.overlay)
+        if hub is not None:
+            if session.current is not None:
+                self.attachments.attached(hub.overlay)
+                self.emit(HubAttached(self.label, hub.name, str(session.current.path.remote)))
+            else:
+                self.attachments.lost(hub.overlay)
+                self.emit(HubDetached(self.label, hub.name, reason))
+            self._hubs_changed()
+        self._tell_relay(session)
+
+    def _tell_relay(self, session: Session) -> None:
+        if self.hub is not None and session.member is not None:
+            self.hub.peer_at(session.member.peer_id, self.outer_address(session.overlay))
+
+    def _hubs_changed(self) -> None:
+        connected = self.attachments.connected()
+        self.dht.set_hubs([(hub.peer_id, hub.overlay) for hub in connected])
+        self.directory.hubs_changed([hub.peer_id for hub in connected])
+        self._place.hubs_changed()
+
+    def outer_address(self, overlay: IPv6Address) -> IpAddress | None:
+        """Where the peer's tunnel to us lives."""
+        session = self.sessions.get(overlay)
+        return session.current.path.remote.ip if session is not None and session.current is not None else None
+
+    # The machine moved.
+
+    def network_changed(self) -> None:
+        """An address, a route or our NAT changed: tell hubs and peers, look for better paths."""
+        self.attachments.wake()
+        for session in list(self.sessions.values()):
+            session.network_changed()
+        self._tell_everybody((self._candidates_notify(),), punching_only=True)
+        self.directory.publish_soon()
+
+    def hub_endpoints(self) -> Sequence[Endpoint]:
+        """Where hubs answer STUN: those we are attached to, at the address that we use."""
+        sessions = (self.sessions.get(hub.overlay) for hub in self.attachments.connected())
+        return [s.current.path.remote for s in sessions if s is not None and s.current is not None]
+
+    # What the command line asks.
+
+    def forget(self, overlay: IPv6Address) -> None:
+        """Close the SAs and drop what was cached."""
+        session = self.sessions.get(overlay)
+        if session is not None:
+            session.disconnect("forgotten")
+        self.directory.forget(overlay)

@@ -1,0 +1,286 @@
+"""One machine: the shared socket, the IKE machine, punching and relays, and the networks that use them.
+
+datagram ->  IKE     -> ike driver  -> plane, session
+             STUN    -> relay binding | punching agent | reflexive probe | reflector (on hubs)
+packet   ->  trap    -> session of its destination
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from itertools import count
+
+from p2pvpn.core.address import Endpoint, Path
+from p2pvpn.core.datagram import NON_ESP_MARKER, SPI_MARK, Kind, classify
+from p2pvpn.core.output import Output
+from p2pvpn.core.ports import Entropy, WallClock
+from p2pvpn.dht.storage import Backend
+from p2pvpn.identity.profile import Profile
+from p2pvpn.ike.config import Credential, IkeSettings
+from p2pvpn.ike.endpoint import IkeEndpoint
+from p2pvpn.ike.outputs import (
+    Informed,
+    InstallChild,
+    MoveFailed,
+    Refused,
+    RemoveChild,
+    SaClosed,
+    SaEstablished,
+    SaFailed,
+    SaMoved,
+)
+from p2pvpn.punch.candidates import MAX_CANDIDATES, Candidate, priority
+from p2pvpn.punch.limits import PunchLimits
+from p2pvpn.punch.mux import PunchMux
+from p2pvpn.punch.reflector import Reflector
+from p2pvpn.punch.reflexive import ReflexiveLearned, ReflexiveLost, ReflexiveProbe
+
+from .connect import Attempt
+from .events import EventSink
+from .ike_driver import IKE_PORT_WITHOUT_MARKER, IkeDriver
+from .network import Network
+from .ports import Forwarder, KeyLog, Plane, Resolver, StateStore, Underlay
+from .pump import Pump
+from .relaying import RelayClientPump
+from .services import Services
+from .standing import Standing
+from .trap import destination
+from .tuning import Tuning
+
+log = logging.getLogger(__name__)
+
+SETTLE_S = 0.05
+"""Changes of the network come in bunches."""
+MAX_SPIS = 100_000
+"""Beyond this, SPIs of negotiations that came to nothing are given back."""
+
+
+class Node:
+    """The engine of one machine, over the ports it is given."""
+
+    def __init__(
+        self,
+        *,
+        underlay: Underlay,
+        plane: Plane,
+        forwarder: Forwarder | None,
+        resolver: Resolver,
+        entropy: Entropy,
+        wall: WallClock,
+        emit: EventSink,
+        tuning: Tuning | None = None,
+        key_log: KeyLog | None = None,
+    ) -> None:
+        tuning = tuning or Tuning()
+        self._underlay = underlay
+        self._resolver = resolver
+        self._key_log = key_log
+        self._entropy = entropy
+        self._spis: dict[int, int] = {}
+        """Child ID by inbound SPI; 0 while the SA is negotiated."""
+        self._child_of: dict[int, int] = {}
+        """Child ID by IKE SA."""
+        self._network_of: dict[int, Network] = {}
+        """Network by IKE SA."""
+        children = count(1)
+        settings = IkeSettings(liveness_s=tuning.liveness_s)
+        endpoint = IkeEndpoint(settings, entropy, lambda: next(children), self._allocate_spi)
+        self.services = Services(
+            underlay=underlay,
+            plane=plane,
+            forwarder=forwarder,
+            entropy=entropy,
+            wall=wall,
+            emit=emit,
+            ike=IkeDriver(endpoint, underlay, plane, self._on_ike),
+            punch=PunchMux(),
+            punch_limits=PunchLimits(),
+            relays=RelayClientPump(underlay, entropy, tuning.relay_bind_timeout_s),
+            tuning=tuning,
+        )
+        self.networks: dict[str, Network] = {}
+        self._runs: dict[str, asyncio.Task[None]] = {}
+        self._reflexive = ReflexiveProbe(underlay.port, entropy)
+        self._reflexive_pump = Pump(self._reflexive, underlay, self._on_reflexive)
+        self._reflector = Reflector()
+        self._settling: asyncio.TimerHandle | None = None
+        underlay.on_datagram = self._on_datagram
+        underlay.on_change = self.network_changed
+        plane.on_trapped = self._on_trapped
+        plane.on_moved = self._on_moved
+        if forwarder is not None:
+            forwarder.on_unbound = self._on_unbound
+
+    # Life.
+
+    async def start(self) -> None:
+        """Begin to work; networks are added then."""
+        self.services.tasks.start(self.services.ike.run(), "IKE")
+        self.services.punch_limits.update_subnets(self._underlay.local_networks())
+
+    async def add_network(self, profile: Profile, store: StateStore, backend: Backend | None = None) -> Network:
+        """Bring a network up; it attaches to its hubs in the background."""
+        standing = Standing(profile, store, self.services.wall)
+        network = Network(self.services, standing, self._resolver, self, backend)
+        self.networks[network.label] = network
+        self.refresh_credentials()
+        await network.open()
+        self._runs[network.label] = self.services.tasks.start(network.run(), f"network {standing.name}")
+        return network
+
+    async def remove_network(self, label: str) -> None:
+        """Take a network down."""
+        network = self.networks.pop(label)
+        self._runs.pop(label).cancel()
+        await network.close()
+        self.refresh_credentials()
+
+    async def close(self) -> None:
+        """Say goodbye and let go of everything."""
+        for label in list(self.networks):
+            await self.remove_network(label)
+        if self._settling is not None:
+            self._settling.cancel()
+        self._reflexive_pump.close()
+        self.services.relays.close()
+        await self.services.tasks.close()
+
+    async def plane_died(self) -> None:
+        """Every SA is gone and never comes back: forget them, open the devices again, start afresh."""
+        for network in self.networks.values():
+            network.abandon("the plane failed")
+        await self.services.ike.drained()
+        for network in self.networks.values():
+            await network.reopen()
+
+    def refresh_credentials(self) -> None:
+        """Networks, certificates or documents changed."""
+        credentials = [network.credential() for network in self.networks.values()]
+        self.services.ike.post(lambda now: self._set_credentials(credentials))
+
+    def _set_credentials(self, credentials: list[Credential]) -> list[Output]:
+        self.services.ike.endpoint.set_credentials(credentials)
+        return []
+
+    def _allocate_spi(self) -> int:
+        """An unused inbound SPI with the two top bits set, so that the kernel can sort ESP from the rest."""
+        while True:
+            spi = int.from_bytes(self._entropy(4), "big") | SPI_MARK
+            if spi not in self._spis:
+                if len(self._spis) > MAX_SPIS:
+                    self._spis = {known: child for known, child in self._spis.items() if child}
+                self._spis[spi] = 0
+                return spi
+
+    # Inbound.
+
+    def _on_datagram(self, path: Path, data: bytes) -> None:
+        kind = classify(data)
+        if kind is Kind.IKE:
+            self.services.ike.receive(path, data[len(NON_ESP_MARKER) :])
+        elif kind is Kind.STUN:
+            self._on_stun(path, data)
+        elif path.local.port == IKE_PORT_WITHOUT_MARKER:
+            self.services.ike.receive(path, data)
+
+    def _on_stun(self, path: Path, data: bytes) -> None:
+        now = self.services.now
+        if self.services.relays.route(path, data):
+            return
+        agent = self.services.punch.find_untrusted(data)
+        if agent is not None:
+            self.services.agents[agent].feed(self.services.punch.route(path, data, now) or [])
+            return
+        outputs = self._reflexive.handle(path, data, now)
+        if outputs is not None:
+            self._reflexive_pump.feed(outputs)
+            return
+        if any(network.hub is not None for network in self.networks.values()):
+            answer = self._reflector.handle(path, data, now)
+            if answer is not None:
+                self._underlay.send(path, answer)
+
+    def _on_trapped(self, label: str, packet: bytes) -> None:
+        network = self.networks.get(label)
+        address = destination(packet)
+        if network is not None and address is not None:
+            network.trapped(packet, address)
+
+    def _on_moved(self, child_id: int, source: Endpoint) -> None:
+        """An SA's packets come from elsewhere. Whoever moved says so by MOBIKE; if it is our NAT that changed, the hubs
+        tell us.
+        """
+        self._reflexive_pump.feed(self._reflexive.refresh(self.services.now))
+
+    def _on_unbound(self, port: int, source: Endpoint, data: bytes) -> None:
+        for network in self.networks.values():
+            if network.hub is not None:
+                network.hub.on_unbound(port, source, data)
+
+    def _on_ike(self, output: Output) -> None:
+        match output:
+            case InstallChild(sa=sa, child=child):
+                self._spis[child.spi_in] = child.id
+                self._child_of[sa] = child.id
+                if self._key_log is not None:
+                    self._key_log.child(child)
+            case RemoveChild(child_id=child_id):
+                self._spis = {spi: child for spi, child in self._spis.items() if child != child_id}
+            case SaEstablished(sa=sa, network=label, tag=tag):
+                network = self.networks.get(label)
+                if network is not None:
+                    self._network_of[sa] = network
+                    network.established(output, self._child_of.get(sa, 0))
+                if isinstance(tag, Attempt):
+                    tag.succeed()
+            case SaFailed(tag=Attempt() as attempt, reason=reason):
+                attempt.fail(reason)
+            case SaClosed(sa=sa):
+                self._child_of.pop(sa, None)
+                network = self._network_of.pop(sa, None)
+                if network is not None:
+                    network.on_ike(output)
+            case SaMoved(sa=sa) | Informed(sa=sa) | MoveFailed(sa=sa):
+                if sa in self._network_of:
+                    self._network_of[sa].on_ike(output)
+            case Refused(path=path, reason=reason):
+                log.info("IKE from %s refused: %s", path.remote, reason)
+
+    # Where we are (network.Place).
+
+    def hubs_changed(self) -> None:
+        endpoints = [endpoint for network in self.networks.values() for endpoint in network.hub_endpoints()]
+        self._reflexive_pump.feed(self._reflexive.update(endpoints, self.services.now))
+
+    def candidates(self) -> list[Candidate]:
+        """Ours, as of now: host addresses and what the hubs see; the best sixteen."""
+        hosts = [Candidate.host(endpoint) for endpoint in self._underlay.local_endpoints()]
+        found = {candidate.endpoint: candidate for candidate in [*self._reflexive.candidates(), *hosts]}
+        return sorted(found.values(), key=priority, reverse=True)[:MAX_CANDIDATES]
+
+    def public_endpoints(self) -> tuple[Endpoint, ...]:
+        """Host addresses at which the hubs see us: strangers can dial them, unless a firewall objects."""
+        seen = set(self._reflexive.seen_by().values())
+        return tuple(endpoint for endpoint in self._underlay.local_endpoints() if endpoint in seen)
+
+    def _on_reflexive(self, output: Output) -> None:
+        if isinstance(output, ReflexiveLearned | ReflexiveLost):
+            self._moved_soon()
+
+    def network_changed(self) -> None:
+        """An address, link or default route of the machine changed."""
+        self.services.punch_limits.update_subnets(self._underlay.local_networks())
+        self._reflexive_pump.feed(self._reflexive.refresh(self.services.now))
+        self._moved_soon()
+
+    def _moved_soon(self) -> None:
+        """Several hubs answer within a moment: one change."""
+        if self._settling is None:
+            self._settling = asyncio.get_running_loop().call_later(SETTLE_S, self._moved)
+
+    def _moved(self) -> None:
+        self._settling = None
+        self.services.relays.network_changed()
+        for network in self.networks.values():
+            network.network_changed()

@@ -1,0 +1,161 @@
+"""A peer's side of relays: tickets become bound paths, which are kept, confirmed, moved and given back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from p2pvpn.core.address import Endpoint, Path, any_local
+from p2pvpn.core.errors import RemoteError
+from p2pvpn.core.output import Output
+from p2pvpn.core.ports import Entropy
+from p2pvpn.relay.client import RelayClients, RelayLost, RelayReady
+from p2pvpn.relay.wire import RelayTicket
+
+from .ports import Underlay
+from .pump import Pump
+
+
+class RelayFailed(RemoteError):
+    """The relay did not let us bind."""
+
+
+class RelayPath:
+    """One bound relay port: `path` stands for the peer on the other side. `claimed` once an SA began on it."""
+
+    def __init__(self, pump: RelayClientPump, path: Path) -> None:
+        self._pump = pump
+        self.path = path
+        self.claimed = False
+        self.on_lost: Callable[[RelayPath], None] | None = None
+
+    @property
+    def endpoint(self) -> Endpoint:
+        return self.path.remote
+
+    @property
+    def rtt_s(self) -> float | None:
+        return self._pump.rtt_of(self.endpoint)
+
+    def rebind(self) -> None:
+        """Prove ourselves again at once; the old binding serves meanwhile."""
+        self._pump.rebind(self.endpoint)
+
+    async def confirm(self) -> bool:
+        """Rebind and wait: whether the relay still knows us."""
+        try:
+            await self._pump.confirm(self.endpoint)
+        except RelayFailed:
+            return False
+        return True
+
+    def close(self) -> None:
+        self._pump.release(self.endpoint)
+
+
+class RelayClientPump:
+    """Drives all relay bindings of the machine."""
+
+    def __init__(self, underlay: Underlay, entropy: Entropy, timeout_s: float) -> None:
+        self._underlay = underlay
+        self._clients = RelayClients(entropy)
+        self._pump = Pump(self._clients, underlay, self._on_output)
+        self._paths: dict[Endpoint, RelayPath] = {}
+        self._waiting: dict[Endpoint, list[asyncio.Future[None]]] = {}
+        self._rtts: dict[Endpoint, float] = {}
+        self._timeout_s = timeout_s
+
+    @property
+    def endpoints(self) -> dict[Endpoint, RelayPath]:
+        """Relay endpoints in use: a path whose remote is one of them is a relayed path."""
+        return self._paths
+
+    def rtt_of(self, endpoint: Endpoint) -> float | None:
+        return self._rtts.get(endpoint)
+
+    async def bind(self, ticket: bytes, relays: Sequence[Endpoint]) -> RelayPath:
+        """Bind at the first relay endpoint that works. Raises RelayFailed, or WireError for a bad ticket."""
+        parsed = RelayTicket.decode_untrusted(ticket)
+        problem = RelayFailed("the relay has no address that we can reach")
+        for relay in relays:
+            if relay.port != parsed.port:
+                continue
+            path = any_local(relay, self._underlay.port)
+            self._paths[relay] = RelayPath(self, path)
+            try:
+                done = self._wait(relay)
+                self._pump.feed(self._clients.open(parsed, path.local, relay.host, self._pump.now))
+                await self._within(done)
+                return self._paths[relay]
+            except RelayFailed as failure:
+                self.release(relay)
+                problem = failure
+        raise problem
+
+    async def confirm(self, relay: Endpoint) -> None:
+        """Raises RelayFailed unless the relay answers a fresh bind."""
+        client = self._clients.at(relay)
+        if client is None:
+            raise RelayFailed("the relay is given up")
+        done = self._wait(relay)
+        self._pump.feed(client.rebind(self._pump.now))
+        await self._within(done)
+
+    def rebind(self, relay: Endpoint) -> None:
+        client = self._clients.at(relay)
+        if client is not None:
+            self._pump.feed(client.rebind(self._pump.now))
+
+    def network_changed(self) -> None:
+        """Bind everything again: our address or our NAT may be another."""
+        self._pump.feed(self._clients.network_changed(self._pump.now))
+
+    def release(self, relay: Endpoint) -> None:
+        self._clients.close(relay)
+        self._paths.pop(relay, None)
+        self._rtts.pop(relay, None)
+        self._settle(relay, RelayFailed("the relay was given up"))
+
+    def route(self, path: Path, data: bytes) -> bool:
+        """Offer an inbound STUN datagram; whether it was for a relay binding."""
+        outputs = self._clients.route(path, data, self._pump.now)
+        if outputs is None:
+            return False
+        self._pump.feed(outputs)
+        return True
+
+    def close(self) -> None:
+        for relay in list(self._paths):
+            self.release(relay)
+        self._pump.close()
+
+    def _wait(self, relay: Endpoint) -> asyncio.Future[None]:
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(relay, []).append(done)
+        return done
+
+    async def _within(self, done: asyncio.Future[None]) -> None:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await done
+        except TimeoutError:
+            raise RelayFailed("the relay does not answer") from None
+
+    def _settle(self, relay: Endpoint, problem: RelayFailed | None) -> None:
+        for done in self._waiting.pop(relay, []):
+            if not done.done():
+                if problem is None:
+                    done.set_result(None)
+                else:
+                    done.set_exception(problem)
+
+    def _on_output(self, output: Output) -> None:
+        match output:
+            case RelayReady(path=path, rtt_s=rtt_s):
+                self._rtts[path.remote] = rtt_s
+                self._settle(path.remote, None)
+            case RelayLost(path=path):
+                lost = self._paths.get(path.remote)
+                self.release(path.remote)
+                if lost is not None and lost.on_lost is not None:
+                    lost.on_lost(lost)

@@ -1,0 +1,102 @@
+"""How two peers meet at a relay: the caller asks a hub, the called one is told, both bind their sides."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from ipaddress import IPv6Address
+
+from p2pvpn.core.errors import P2pvpnError, TrustError
+from p2pvpn.dht.rpc import Code, RpcNode, RpcRefusedError
+
+from .attach import Attachments
+from .calls import CALL, MEET, Call, Invitation, Meet
+from .connect import ConnectError
+from .directory import Directory
+from .events import Called, EventSink, Refused
+from .relaying import RelayPath
+from .services import Services
+from .session import Session
+from .standing import Standing
+
+CALL_TIMEOUT_S = 2.0
+"""A hub that takes longer is passed over for the next one."""
+UNCLAIMED_S = 20.0
+"""A relay on which no SA began is given up after this."""
+
+
+class Rendezvous:
+    """Calls out and calls in, of one network."""
+
+    def __init__(
+        self,
+        *,
+        services: Services,
+        standing: Standing,
+        rpc: RpcNode,
+        attachments: Attachments,
+        directory: Directory,
+        session: Callable[[IPv6Address], Session],
+        emit: EventSink,
+    ) -> None:
+        self._services = services
+        self._standing = standing
+        self._rpc = rpc
+        self._attachments = attachments
+        self._directory = directory
+        self._session = session
+        self._emit = emit
+        rpc.register(MEET, self._on_meet)
+
+    async def relay_to(self, overlay: IPv6Address) -> RelayPath:
+        """Call a peer through our hubs, those it is attached to first. Raises ConnectError."""
+        locator = await self._directory.locator(overlay)
+        call = Call(locator.peer_id, locator.hubs, self._standing.me.certificate)
+        attached = self._attachments.connected()
+        hubs = sorted(attached, key=lambda hub: (self._rpc.is_silent(hub.overlay), hub.peer_id not in locator.hubs))
+        problem: P2pvpnError = ConnectError("call", "no hub is attached")
+        for hub in hubs:
+            try:
+                answer = await self._rpc.request(hub.overlay, CALL, call.encode(), timeout=CALL_TIMEOUT_S)
+                return await self._bind(Invitation.decode_untrusted(answer), overlay)
+            except P2pvpnError as failure:
+                problem = failure
+                self._session(hub.overlay).suspect()
+        self._directory.forget(overlay)
+        raise ConnectError("call", str(problem))
+
+    async def _bind(self, invitation: Invitation, overlay: IPv6Address) -> RelayPath:
+        relay = await self._services.relays.bind(invitation.ticket, invitation.relays)
+        session = self._session(overlay)
+        session.relays[relay.endpoint] = relay
+        relay.on_lost = session.relay_lost
+
+        def give_up() -> None:
+            if not relay.claimed:
+                session.relays.pop(relay.endpoint, None)
+                relay.close()
+
+        asyncio.get_running_loop().call_later(UNCLAIMED_S, give_up)
+        return relay
+
+    async def _on_meet(self, sender: IPv6Address, args: object) -> list[object]:
+        meet = Meet.decode_untrusted(args)
+        if self._attachments.hub_at(sender) is None:
+            raise RpcRefusedError(Code.APPLICATION, "only hubs invite")
+        try:
+            caller = self._standing.verify(meet.certificate)
+        except TrustError as problem:
+            raise RpcRefusedError(Code.APPLICATION, str(problem)) from None
+        if not self._standing.document.allows(self._standing.me, caller):
+            raise RpcRefusedError(Code.APPLICATION, "the network document does not let us talk")
+        self._directory.learn(caller)
+        self._emit(Called(self._standing.label, caller.name, str(meet.invitation.relays[0])))
+        self._services.tasks.start(self._answer(meet.invitation, caller.overlay), f"meet {caller.name}")
+        return []
+
+    async def _answer(self, invitation: Invitation, caller: IPv6Address) -> None:
+        try:
+            await self._bind(invitation, caller)
+        except P2pvpnError as problem:
+            name = self._directory.name_of(caller) or str(caller)
+            self._emit(Refused(self._standing.label, name, f"relay: {problem}"))

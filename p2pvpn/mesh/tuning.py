@@ -1,0 +1,46 @@
+"""The engine's constants on one screen, each with its reason. All times are in seconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """How patient, how eager, how thrifty the engine is."""
+
+    hubs_wanted: int = 2
+    """Tunnels to hubs that a peer keeps up: one may die at any time without anybody becoming unreachable."""
+    hub_dial_timeout_s: float = 8.0
+    """After this a hub that does not answer is left to the back-off."""
+    retry_first_s: float = 0.5
+    retry_max_s: float = 30.0
+    """Every failure is tried again, with doubling pauses; a change of the network starts over at the first."""
+    direct_dial_timeout_s: float = 1.0
+    """How long a published address may stay silent before the call through a hub begins."""
+    connect_timeout_s: float = 15.0
+    """An attempt that took longer is over; packets that waited are gone by then."""
+    relay_bind_timeout_s: float = 3.0
+    call_timeout_s: float = 4.0
+    idle_s: float = 300.0
+    """A peer without traffic for this long is taken down; its next packet brings it up again."""
+    usage_poll_s: float = 15.0
+    liveness_s: float = 15.0
+    """A hub, or a relayed peer, that sent nothing for this long is asked whether it lives (RFC 7296 section 2.4)."""
+    sa_life_s: float = 3600.0
+    """An SA is replaced by a fresh one before it is this old."""
+    sa_replace_fraction: float = 0.8
+    old_sa_linger_s: float = 3.0
+    """A replaced SA keeps receiving for this long: more than any packet stays in flight."""
+    glare_window_s: float = 10.0
+    """Two SAs that both ends began within this time are one connection; later ones replace."""
+    locator_life_s: float = 600.0
+    locator_refresh_s: float = 200.0
+    """A third of a locator's life, so that two lost publications do no harm."""
+    overlay_mtu: int = 1400
+    """Inner bytes; with ESP, UDP and IPv6 around it stays below 1500."""
+    sequence_limit: int = 3_000_000_000
+    """Of 2^32 ESP sequence numbers without ESN; the SA is replaced when so many are used."""
+    document_check_s: float = 30.0
+    loss_suspect_s: float = 2.0
+    """Traffic goes out and nothing comes back for this long: the path is verified at once."""
