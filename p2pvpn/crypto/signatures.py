@@ -62,8 +62,14 @@ def derived_key(key: ec.EllipticCurvePrivateKey, label: bytes) -> ec.EllipticCur
     512 bits are reduced to 256, so that the bias is far below what counts (FIPS 186-4 appendix B.4.1).
     """
     scalar = key.private_numbers().private_value.to_bytes((key.key_size + 7) // 8, "big")
-    wide = int.from_bytes(hmac.digest(scalar, label, "sha512"), "big")
-    return ec.derive_private_key(wide % (P256_ORDER - 1) + 1, ec.SECP256R1())
+    return seeded_key(hmac.digest(scalar, label, "sha512"))
+
+
+def seeded_key(seed: bytes) -> ec.EllipticCurvePrivateKey:
+    """The P-256 key that follows from 64 bytes; whoever has the seed has the key."""
+    if len(seed) != 64:
+        raise ValueError("the seed of a key has 64 bytes")
+    return ec.derive_private_key(int.from_bytes(seed, "big") % (P256_ORDER - 1) + 1, ec.SECP256R1())
 
 
 def is_p256(key: PrivateKey | PublicKey) -> bool:
