@@ -128,3 +128,17 @@ def apply(home: Home, kind: NatKind) -> None:
 def turn_hostile(home: Home) -> None:
     """The router becomes symmetric under its users' feet, as one does that reboots with another firmware."""
     apply(home, NatKind.SYMMETRIC)
+
+
+def direct_possible(one: NatKind, other: NatKind) -> bool | None:
+    """Whether two homes must find a direct path by punching alone; None where luck or prediction decides.
+
+    A symmetric router gives each destination another port. The other side then has to let it in from a port that it
+    never wrote to, which a filter by ports does not.
+    """
+    kinds = {one, other}
+    if NatKind.SYMMETRIC not in kinds:
+        return True
+    if kinds == {NatKind.SYMMETRIC}:
+        return False
+    return None if NatKind.PORT_RESTRICTED in kinds else True

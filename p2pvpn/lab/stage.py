@@ -1,0 +1,164 @@
+"""The demo's small Internet and the very commands a user types, run on its hosts.
+
+      a -- nat-a --.             .-- hub1
+                    \\           /
+                     internet --+-- hub2      admin (on no network at all)
+                    /           \\
+      b -- nat-b --'             '-- hub3
+
+Links to the hubs are long and those to the homes short, so that the way through a hub takes longer than the direct one:
+with a round trip of R to a hub, R/12 to the homes' routers gives 2R relayed against R/3 direct, and less if R is large.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from p2pvpn.core.errors import LocalError
+
+from . import nat
+from .nat import NatKind
+from .net import CommandError, Home, Lab, Node
+
+PROGRAMS = {
+    "ip": "iproute2",
+    "ss": "iproute2",
+    "nft": "nftables",
+    "conntrack": "conntrack",
+    "ping": "iputils-ping",
+    "ethtool": "ethtool",
+}
+"""What the laboratory runs, and the Debian packages that have it."""
+HOME_LINK_S = 0.0025
+"""One way between a home and the router of the Internet, at most."""
+HOME_LINK_PART = 24
+"""... and at most this part of the round trip to a hub, so that relayed is 6 times direct when that is short."""
+HUB_ADDRESS = "192.0.2.{}"
+HOMES = {"a": "198.51.100.1", "b": "203.0.113.1"}
+JOIN_TIMEOUT_S = 40.0
+LOG_LINES = 40
+
+
+class Seen(Exception):
+    """A step did not end as it should; `hosts` may know why."""
+
+    def __init__(self, expected: str, seen: str, hosts: tuple[Node, ...] = ()) -> None:
+        super().__init__(f"expected {expected}; seen {seen}")
+        self.expected = expected
+        self.seen = seen
+        self.hosts = hosts
+
+
+def require_programs() -> None:
+    """Raises LocalError that says what to install."""
+    missing = sorted({package for program, package in PROGRAMS.items() if shutil.which(program) is None})
+    if missing:
+        raise LocalError("the laboratory lacks programs", hint=f"apt install {' '.join(missing)}")
+
+
+class Stage:
+    """Hosts, homes and hubs, and what is asked of them."""
+
+    def __init__(self, lab: Lab, root: Path, *, hubs: int, nats: dict[str, NatKind], rtt_ms: float, plane: str) -> None:
+        self.lab = lab
+        self.root = root
+        self.keys = root / "keys"
+        self.keys.mkdir(parents=True, mode=0o700)
+        self._plane = plane
+        self.nats = nats
+        home_s = min(HOME_LINK_S, rtt_ms / 1000 / HOME_LINK_PART)
+        hub_s = rtt_ms / 2000 - home_s
+        self.admin = self._equip(lab.node("admin"))
+        self.hubs = [
+            self._equip(lab.public(f"hub{n}", HUB_ADDRESS.format(n), delay_s=hub_s)) for n in range(1, hubs + 1)
+        ]
+        self.homes: dict[str, Home] = {}
+        for number, (name, public) in enumerate(HOMES.items(), start=1):
+            routed = nats[name] is NatKind.NONE
+            home = lab.home(name, public, number=number, routed=routed, delay_s=home_s)
+            nat.apply(home, nats[name])
+            self._equip(home.peer)
+            self.homes[name] = home
+        self.a, self.b = self.homes["a"].peer, self.homes["b"].peer
+        self._names = {HUB_ADDRESS.format(n): f"hub{n}" for n in range(1, hubs + 1)}
+        for name, home in self.homes.items():
+            self._names |= {home.public: name, home.inside: name}
+
+    def _equip(self, node: Node) -> Node:
+        home = self.root / node.name
+        node.environment |= {
+            "P2PVPN_STATE_DIR": str(home / "state"),
+            "P2PVPN_RUNTIME_DIR": str(home / "run"),
+            "P2PVPN_KEYLOG": str(self.keys),
+            "HOME": str(home),
+        }
+        if self._plane != "auto":
+            node.environment["P2PVPN_PLANE"] = self._plane
+        for directory in ("state", "run"):
+            (home / directory).mkdir(parents=True, mode=0o700)
+        return node
+
+    # The commands.
+
+    def cli(self, node: Node, *arguments: str, timeout_s: float = JOIN_TIMEOUT_S) -> str:
+        """Run `p2pvpn` there; its output. Raises Seen, with what it said, when it fails."""
+        try:
+            return node.run([sys.executable, "-m", "p2pvpn.cli.main", *arguments], timeout_s=timeout_s).stdout
+        except CommandError as error:
+            raise Seen(f"`p2pvpn {arguments[0]}` on {node} to succeed", str(error), (node,)) from error
+
+    def ask(self, node: Node, *arguments: str) -> Any:
+        """The JSON answer of a `p2pvpn` command."""
+        return json.loads(self.cli(node, *arguments, "--json"))
+
+    def line(self, node: Node, *arguments: str) -> str:
+        """The last word that a command prints: its REQUEST, GRANT or TOKEN."""
+        return self.cli(node, *arguments).split()[-1]
+
+    # What the daemons say.
+
+    def attached_hubs(self, node: Node) -> set[str]:
+        """Names of the hubs that the daemon has a tunnel to."""
+        networks = self.ask(node, "status")["networks"]
+        return {hub["name"] for network in networks for hub in network["hubs"] if hub["state"] == "attached"}
+
+    def peer(self, node: Node, name: str) -> dict[str, Any]:
+        """What the node's daemon says of a peer; empty when it is not in contact."""
+        found: list[dict[str, Any]] = [one for one in self.ask(node, "peers") if one["name"] == name]
+        return found[0] if found else {}
+
+    def path(self, node: Node, name: str) -> str:
+        """`direct`, `mapped`, `relayed`, or `none`."""
+        peer = self.peer(node, name)
+        return str(peer["path"] or "none") if peer.get("state") == "connected" else "none"
+
+    def wait(
+        self, expected: str, true: Callable[[], bool], timeout_s: float, seen: Callable[[], str], *hosts: Node
+    ) -> None:
+        """Until it is true. Raises Seen."""
+        deadline = time.monotonic() + timeout_s
+        while not true():
+            if time.monotonic() > deadline:
+                raise Seen(f"{expected} within {timeout_s:g} s", seen(), hosts)
+            time.sleep(0.1)
+
+    # Who is who.
+
+    def name_of(self, address: str) -> str:
+        """The host (or home) that an address of the underlay belongs to."""
+        return self._names.get(address, address)
+
+    def party(self, name: str) -> set[str]:
+        """Every address of the underlay at which a home's packets are seen."""
+        return {self.homes[name].public, self.homes[name].inside}
+
+    def log_tail(self, node: Node) -> str:
+        """The end of the newest log on a host."""
+        logs = sorted((self.root / node.name).rglob("*.log"), key=lambda file: file.stat().st_mtime)
+        return "\n".join(logs[-1].read_text(errors="replace").splitlines()[-LOG_LINES:]) if logs else ""
