@@ -1,0 +1,190 @@
+"""What an endpoint is told: identities, credentials, what to negotiate, and its limits."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from p2pvpn.core.address import Endpoint, IpAddress, Path
+from p2pvpn.core.child import EspSuite
+from p2pvpn.core.ports import Entropy
+from p2pvpn.core.secret import Secret
+from p2pvpn.core.selector import Selector
+from p2pvpn.crypto.kex import KexMethod
+from p2pvpn.crypto.prf import Prf
+from p2pvpn.crypto.signatures import PublicKey, Scheme
+
+from .codes import IdKind
+from .notifies import Notify
+
+
+@dataclass(frozen=True, slots=True)
+class IkeId:
+    """An identity as ID payloads carry it: ID type and content (RFC 7296 section 3.5)."""
+
+    kind: int
+    data: bytes
+
+    @classmethod
+    def address(cls, address: IpAddress | str) -> IkeId:
+        """ID_IPV4_ADDR or ID_IPV6_ADDR. Raises ValueError."""
+        ip = ipaddress.ip_address(str(address))
+        return cls(IdKind.IPV6_ADDR if ip.version == 6 else IdKind.IPV4_ADDR, ip.packed)
+
+    @classmethod
+    def fqdn(cls, name: str) -> IkeId:
+        """ID_FQDN. Raises ValueError for a name that is not ASCII."""
+        return cls(IdKind.FQDN, name.encode("ascii"))
+
+    @classmethod
+    def key_id(cls, data: bytes) -> IkeId:
+        """ID_KEY_ID: opaque bytes."""
+        return cls(IdKind.KEY_ID, data)
+
+    def __str__(self) -> str:
+        if (self.kind, len(self.data)) in ((IdKind.IPV4_ADDR, 4), (IdKind.IPV6_ADDR, 16)):
+            return str(ipaddress.ip_address(self.data))
+        if self.kind in (IdKind.FQDN, IdKind.RFC822_ADDR):
+            # Whatever a stranger puts into a name, nothing but printable ASCII gets into a log.
+            return ascii(self.data.decode("latin-1"))[1:-1]
+        return f"{self.kind}:{self.data.hex()}"
+
+
+@dataclass(frozen=True)
+class RemoteIdentity:
+    """A peer whose certificate chain was verified (its possession of the key is IKE's part).
+
+    `blocks` are the addresses it may have in its side's selectors; `subject` is the verifier's own and goes up unread.
+    `key` is None when the credential is a shared secret.
+    """
+
+    id: IkeId
+    key: PublicKey | None
+    blocks: tuple[Selector, ...]
+    subject: object = None
+
+
+def _no_notifies() -> tuple[Notify, ...]:
+    return ()
+
+
+@dataclass(frozen=True)
+class Credential:
+    """How we prove who we are in one network, and how we check the others.
+
+    `network` labels its Child SAs and events. `certificates` are DER, leaf first; empty with `psk`. `authorities` are
+    SHA-1 hashes of the SubjectPublicKeyInfo of the authorities we accept, for CERTREQ. `verify` turns the peer's ID and
+    its certificates (none with `psk`) into an identity and raises TrustError; it also matches the ID against the
+    certificate. `auth_notifies` gives status notifications to add to our IKE_AUTH message, in either role.
+    """
+
+    network: str
+    local_id: IkeId
+    certificates: tuple[bytes, ...]
+    schemes: tuple[Scheme, ...]
+    sign: Callable[[Scheme, bytes], bytes]
+    authorities: tuple[bytes, ...]
+    verify: Callable[[IkeId, tuple[bytes, ...]], RemoteIdentity]
+    local_blocks: tuple[Selector, ...]
+    psk: Secret | None = None
+    auth_notifies: Callable[[], tuple[Notify, ...]] = _no_notifies
+
+
+@dataclass(frozen=True)
+class Initiate:
+    """A new IKE SA to begin: as whom, over which path, with whom, for which traffic.
+
+    `remote_id` is sent as IDr and insisted on; None accepts whoever the credential's `verify` accepts. `childless`
+    makes no Child SA (RFC 6023). `tag` comes back in events.
+    """
+
+    credential: Credential
+    path: Path
+    remote_id: IkeId | None
+    local: tuple[Selector, ...] = ()
+    remote: tuple[Selector, ...] = ()
+    childless: bool = False
+    tag: object = None
+
+
+def _never(_endpoint: Endpoint) -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class IkeSettings:
+    """What is negotiated, and every limit and interval with its reason. Times are seconds, sizes bytes."""
+
+    ciphers: tuple[EspSuite, ...] = (EspSuite.AES_GCM_16_256, EspSuite.AES_GCM_16_128, EspSuite.CHACHA20_POLY1305)
+    prfs: tuple[Prf, ...] = (Prf.HMAC_SHA2_256, Prf.HMAC_SHA2_384, Prf.HMAC_SHA2_512)
+    kexes: tuple[KexMethod, ...] = (KexMethod.CURVE25519, KexMethod.ECP_256, KexMethod.ECP_384)
+    """The first is the one whose public value goes into the first IKE_SA_INIT."""
+    esp_suites: tuple[EspSuite, ...] = (EspSuite.AES_GCM_16_256, EspSuite.AES_GCM_16_128, EspSuite.CHACHA20_POLY1305)
+    esn: bool = True
+    """Offer extended sequence numbers, and take them when they are offered."""
+
+    retry_s: float = 0.5
+    """Before the first retransmission: well above any round trip that is worth using."""
+    retry_factor: float = 1.8
+    setup_tries: int = 6
+    """Transmissions of a request in set-up: gives up after 0.5 (1.8^6 - 1) / 0.8 = 20.6 s."""
+    tries: int = 6
+    """The same for requests of an established SA."""
+    move_tries: int = 4
+    """Over the new path of a move, before it falls back: 5.9 s."""
+    delete_tries: int = 3
+    """Of a DELETE: 3 s; the peer finds out by its own liveness check if all are lost."""
+    error_grace_s: float = 2.0
+    """How long the true answer is waited for after an unprotected error in answer to IKE_SA_INIT."""
+    half_open_s: float = 30.0
+    """From IKE_SA_INIT to the end of IKE_AUTH, for the responder."""
+    linger_s: float = 10.0
+    """How long an ended SA answers retransmissions of the last request; covers the peer's first five tries."""
+    liveness_s: float | None = 30.0
+    """Quiet time after which the peer is probed (RFC 7296 section 2.4); None leaves probing to the engine."""
+    nat_keepalive_s: float | None = 20.0
+    """Between keepalives while we are behind a NAT (RFC 3948 section 4); None for never."""
+
+    cookie_total: int = 30
+    """Half-open SAs from which on everybody needs a cookie."""
+    cookie_per_source: int = 3
+    """Half-open SAs of one source from which on that source needs a cookie."""
+    half_open_max: int = 1000
+    half_open_per_source: int = 64
+    """Many peers may come from one hub's relay or one carrier's NAT."""
+    sa_max: int = 20_000
+    queue_max: int = 16
+    """Requests of one SA that wait for the window of 1."""
+    error_answers_per_s: float = 2.0
+    """Unprotected errors to one source, so that nobody is flooded by us."""
+
+    fragment_bytes: int = 1232
+    """UDP payload of a fragment, non-ESP marker included: an IPv6 packet of 1280 bytes, that every path carries."""
+    message_bytes: int = 32768
+    """Of a message put together from fragments; a long certificate chain has about 10,000."""
+    fake_nat: bool = True
+    """Say that we are behind a NAT, so that the peer's ESP comes in UDP (module `nat`)."""
+    request_certificates: bool = True
+    """Send CERTREQ in the answer to IKE_SA_INIT: many implementations send their certificate only when asked."""
+    routable: Callable[[Endpoint], bool] = field(default=_never)
+    """Whether an address is known to be the peer's (ICE consent); then MOBIKE needs no COOKIE2 exchange."""
+
+
+class Local:
+    """What all SAs of an endpoint share."""
+
+    __slots__ = ("allocate_spi", "credentials", "entropy", "next_child_id", "settings")
+
+    def __init__(
+        self,
+        settings: IkeSettings,
+        entropy: Entropy,
+        next_child_id: Callable[[], int],
+        allocate_spi: Callable[[], int],
+    ) -> None:
+        self.settings = settings
+        self.entropy = entropy
+        self.next_child_id = next_child_id
+        self.allocate_spi = allocate_spi
+        self.credentials: tuple[Credential, ...] = ()

@@ -1,0 +1,375 @@
+"""All IKE SAs behind one UDP port: routing by SPI, floods of half-open SAs, deadlines.
+
+The caller hands in datagrams without their non-ESP marker and executes the outputs of each call, in order, before the
+next. Unknown SPIs get no answer. An IKE_SA_INIT request costs no memory until it is well-formed, carries a cookie when
+one is due, offers something acceptable, and its sender has not too many half-open SAs already.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from p2pvpn.core.address import Endpoint, Path
+from p2pvpn.core.errors import LocalError, TrustError, WireError
+from p2pvpn.core.limits import SourceLimiter, TokenBucket
+from p2pvpn.core.output import Output, Transmit
+from p2pvpn.core.ports import Entropy
+from p2pvpn.core.secret import Secret
+
+from .codes import Exchange, PayloadType
+from .config import Credential, IkeSettings, Initiate, Local, RemoteIdentity
+from .cookies import MAX_COOKIE_BYTES, CookieJar
+from .message import (
+    HEADER_BYTES,
+    NO_SPI,
+    SPI_BYTES,
+    CriticalPayloadError,
+    Header,
+    VersionError,
+    build_clear,
+    notifications,
+    parse_clear_untrusted,
+    parse_header_untrusted,
+    walk_untrusted,
+)
+from .notifies import Notify, NotifyType
+from .outputs import Refused
+from .payloads import MAX_NONCE_BYTES, MIN_NONCE_BYTES, Notification
+from .rules import check_untrusted
+from .sa import IkeSa
+from .states import State
+from .tasks import init
+from .tasks.task import Received, Refusal
+
+LIMITED_SOURCES = 4096
+"""Sources whose error answers are counted."""
+REFUSALS_PER_S = 1.0
+"""Events about refused strangers."""
+
+
+@dataclass(frozen=True, slots=True)
+class SaView:
+    """What can be told about an SA."""
+
+    id: int
+    spi_i: bytes
+    spi_r: bytes
+    initiator: bool
+    path: Path
+    state: str
+    network: str | None
+    suite: str
+    established_at: float | None
+    remote: RemoteIdentity | None
+    child_ids: tuple[int, ...]
+    mobike: bool
+    local_nat: bool
+    remote_nat: bool
+
+
+class IkeEndpoint:
+    """Every IKE SA of a machine, in either role.
+
+    `next_child_id` numbers Child SAs and `allocate_spi` gives inbound ESP SPIs; neither ever repeats itself.
+    """
+
+    def __init__(
+        self,
+        settings: IkeSettings,
+        entropy: Entropy,
+        next_child_id: Callable[[], int],
+        allocate_spi: Callable[[], int],
+    ) -> None:
+        self._local = Local(settings, entropy, next_child_id, allocate_spi)
+        self._last_id = 0
+        self._by_id: dict[int, IkeSa] = {}
+        self._by_spi: dict[bytes, IkeSa] = {}
+        self._inits: dict[tuple[Endpoint, bytes], tuple[bytes, int]] = {}
+        self._init_of: dict[int, tuple[Endpoint, bytes]] = {}
+        self._half_open: Counter[str] = Counter()
+        self._source_of: dict[int, str] = {}
+        self._deadlines: list[tuple[float, int]] = []
+        self._scheduled: dict[int, float] = {}
+        self._cookies = CookieJar(entropy)
+        self._errors: SourceLimiter[str] = SourceLimiter(
+            settings.error_answers_per_s, 2 * settings.error_answers_per_s, LIMITED_SOURCES
+        )
+        self._refusals = TokenBucket(REFUSALS_PER_S, 10 * REFUSALS_PER_S)
+
+    def set_credentials(self, credentials: Sequence[Credential]) -> None:
+        """Replaces those that answer from now on; SAs that stand keep theirs."""
+        self._local.credentials = tuple(credentials)
+
+    # Wishes of the engine; those about an SA that is gone do nothing
+
+    def initiate(self, request: Initiate, now: float) -> tuple[int, list[Output]]:
+        """Begins an SA; returns its local id. Raises LocalError when there are too many."""
+        if len(self._by_id) >= self._local.settings.sa_max:
+            raise LocalError("too many IKE SAs")
+        sa = IkeSa(
+            self._local,
+            self._next_id(),
+            request.path,
+            initiator=True,
+            spi_i=self._fresh_spi(),
+            spi_r=NO_SPI,
+            tag=request.tag,
+        )
+        self._add(sa)
+        sa.begin(init.InitRequest(self._local, request), now)
+        return sa.id, self._collect(sa, now)
+
+    def move(self, sa_id: int, path: Path, now: float) -> list[Output]:
+        """MOBIKE to another path, for the original initiator alone. Ends in SaMoved or MoveFailed."""
+        return self._with(sa_id, now, lambda sa: sa.move(path, now))
+
+    def adopt(self, sa_id: int, path: Path, now: float) -> list[Output]:
+        """Use this path from now on without asking: for a NAT's new port in front of a peer without MOBIKE."""
+        return self._with(sa_id, now, lambda sa: sa.adopt(path, now))
+
+    def inform(self, sa_id: int, notifies: Sequence[Notify], now: float) -> list[Output]:
+        """An INFORMATIONAL with these. Raises LocalError when too many wait, or the SA is not established."""
+        return self._with(sa_id, now, lambda sa: sa.inform(tuple(notifies), now))
+
+    def probe(self, sa_id: int, now: float) -> list[Output]:
+        """A liveness check now: Liveness, or in the end SaClosed."""
+        return self._with(sa_id, now, lambda sa: sa.probe(now))
+
+    def heard(self, sa_id: int, now: float) -> list[Output]:
+        """ESP of this SA arrived: puts the next liveness check off."""
+        return self._with(sa_id, now, lambda sa: sa.heard(now))
+
+    def close(self, sa_id: int, now: float, reason: str) -> list[Output]:
+        """DELETE. Child SAs go when it is answered (or nobody answers), then SaClosed."""
+        return self._with(sa_id, now, lambda sa: sa.close(reason, now))
+
+    def drop(self, sa_id: int) -> list[Output]:
+        """Forget the SA without a message: RemoveChild effects, no event."""
+        return self._with(sa_id, 0.0, lambda sa: sa.drop())
+
+    def export(self, sa_id: int, label: bytes, length: int) -> Secret:
+        """A secret that both ends of the SA derive alike. Raises LocalError when the SA is not established."""
+        sa = self._by_id.get(sa_id)
+        if sa is None:
+            raise LocalError("there is no such SA")
+        return sa.export(label, length)
+
+    def view(self, sa_id: int) -> SaView | None:
+        sa = self._by_id.get(sa_id)
+        if sa is None:
+            return None
+        suite = f"{sa.keys.cipher.name}/{sa.keys.prf.name}" if sa.keys is not None else ""
+        return SaView(
+            id=sa.id,
+            spi_i=sa.spi_i,
+            spi_r=sa.spi_r,
+            initiator=sa.initiator,
+            path=sa.path,
+            state=sa.state.name,
+            network=sa.credential.network if sa.credential is not None else None,
+            suite=suite,
+            established_at=sa.established_at,
+            remote=sa.remote if sa.established_at is not None else None,
+            child_ids=tuple(sa.children),
+            mobike=sa.peer.mobike,
+            local_nat=sa.peer.local_nat,
+            remote_nat=sa.peer.remote_nat,
+        )
+
+    def sa_ids(self) -> list[int]:
+        return list(self._by_id)
+
+    # Datagrams and time
+
+    def handle(self, path: Path, data: bytes, now: float) -> list[Output]:
+        """A datagram that came over `path` (its local endpoint is the one it came to)."""
+        try:
+            header, _ = parse_header_untrusted(data)
+        except VersionError:
+            return self._refuse_version(path, data, now)
+        except WireError:
+            return []
+        sa = self._by_spi.get(header.spi_r if header.initiator else header.spi_i)
+        if sa is not None:
+            sa.receive(path, header, data, now)
+            return self._collect(sa, now)
+        is_new = header.exchange == Exchange.IKE_SA_INIT and header.initiator and not header.response
+        if is_new and header.spi_r == NO_SPI and header.message_id == 0:
+            return self._handle_init(path, header, data, now)
+        return []
+
+    def next_deadline(self) -> float | None:
+        """When `tick` has something to do, or None."""
+        while self._deadlines:
+            at, sa_id = self._deadlines[0]
+            sa = self._by_id.get(sa_id)
+            is_live = sa is not None and self._scheduled.get(sa_id) == at
+            if sa is not None and is_live and sa.next_deadline() == at:
+                return at
+            heapq.heappop(self._deadlines)
+            if sa is not None and is_live:
+                del self._scheduled[sa_id]
+                self._schedule(sa)
+        return None
+
+    def tick(self, now: float) -> list[Output]:
+        """All that is due."""
+        out: list[Output] = []
+        while (at := self.next_deadline()) is not None and at <= now:
+            sa = self._by_id[heapq.heappop(self._deadlines)[1]]
+            self._scheduled.pop(sa.id, None)
+            sa.tick(now)
+            out += self._collect(sa, now)
+        return out
+
+    def _schedule(self, sa: IkeSa) -> None:
+        """An SA has one live entry in the heap: never later than its deadline, put right when it comes to the top."""
+        at = sa.next_deadline()
+        if at is not None and at < self._scheduled.get(sa.id, math.inf):
+            self._scheduled[sa.id] = at
+            heapq.heappush(self._deadlines, (at, sa.id))
+
+    # IKE_SA_INIT of strangers
+
+    def _handle_init(self, path: Path, header: Header, data: bytes, now: float) -> list[Output]:
+        settings = self._local.settings
+        known = self._inits.get((path.remote, header.spi_i))
+        digest = hashlib.sha256(data).digest()
+        if known is not None and known[0] == digest:
+            sa = self._by_id[known[1]]
+            sa.repeat_init(path, now)
+            return self._collect(sa, now)
+        source = _source(path.remote)
+        crowd, here = len(self._source_of), self._half_open[source]
+        if not self._local.credentials or len(self._by_id) >= settings.sa_max:
+            return []
+        try:
+            if crowd >= settings.cookie_total or here >= settings.cookie_per_source:
+                wanted = self._cookie_untrusted(path, header, data, now)
+                if wanted is not None:
+                    return [self._say(path, header, wanted)]
+            if crowd >= settings.half_open_max or here >= settings.half_open_per_source:
+                return []
+            return self._answer_init(path, data, digest, now)
+        except Refusal as refusal:
+            return self._error(path, header, refusal.notify, now)
+        except CriticalPayloadError as problem:
+            kind = Notify(NotifyType.UNSUPPORTED_CRITICAL_PAYLOAD, bytes([problem.kind]))
+            return self._error(path, header, kind, now)
+        except (WireError, TrustError):
+            return self._error(path, header, Notify(NotifyType.INVALID_SYNTAX), now)
+
+    def _cookie_untrusted(self, path: Path, header: Header, data: bytes, now: float) -> Notify | None:
+        """The cookie to ask for; None when the request carries it. Looks at no more than generic headers."""
+        bodies = dict[int, bytes]()
+        for kind, _, body in walk_untrusted(data[16], data[HEADER_BYTES:]):
+            bodies.setdefault(kind, body)
+        nonce = bodies.get(PayloadType.NONCE, b"")
+        if not MIN_NONCE_BYTES <= len(nonce) <= MAX_NONCE_BYTES:
+            raise WireError("no nonce")
+        if data[16] == PayloadType.NOTIFY:
+            first = Notification(**Notification.LAYOUT.parse_untrusted(bodies[PayloadType.NOTIFY]))
+            if first.type == NotifyType.COOKIE:
+                if not 1 <= len(first.data) <= MAX_COOKIE_BYTES:
+                    raise WireError("a cookie of a length that cannot be")
+                if self._cookies.holds(first.data, path.remote, header.spi_i, nonce, now):
+                    return None
+        return Notify(NotifyType.COOKIE, self._cookies.make(path.remote, header.spi_i, nonce, now))
+
+    def _answer_init(self, path: Path, data: bytes, digest: bytes, now: float) -> list[Output]:
+        message = parse_clear_untrusted(data)
+        check_untrusted(message)
+        choice = init.choose_untrusted(self._local.settings, message)
+        header = message.header
+        sa = IkeSa(self._local, self._next_id(), path, initiator=False, spi_i=header.spi_i, spi_r=self._fresh_spi())
+        sa.answer_init(init.answer(sa, Received(message, path, data), choice), path, now)
+        key = (path.remote, header.spi_i)
+        before = self._inits.get(key)
+        if before is not None and (old := self._by_id.get(before[1])) is not None and old.is_half_open:
+            # The initiator began anew (with a cookie, or another group): its first attempt leads nowhere.
+            old.drop()
+            self._collect(old, now)
+        self._inits[key] = (digest, sa.id)
+        self._init_of[sa.id] = key
+        self._source_of[sa.id] = _source(path.remote)
+        self._half_open[self._source_of[sa.id]] += 1
+        self._add(sa)
+        return self._collect(sa, now)
+
+    def _refuse_version(self, path: Path, data: bytes, now: float) -> list[Output]:
+        """INVALID_MAJOR_VERSION in answer to a request of a later IKE (RFC 7296 section 2.5)."""
+        header = Header(data[:SPI_BYTES], data[SPI_BYTES : 2 * SPI_BYTES], data[18], True, False, 0)
+        is_request = not data[19] & 0x20
+        if not is_request or header.spi_r != NO_SPI:
+            return []
+        return self._error(path, header, Notify(NotifyType.INVALID_MAJOR_VERSION), now)
+
+    def _error(self, path: Path, header: Header, notify: Notify, now: float) -> list[Output]:
+        if not self._errors.take(_source(path.remote), now):
+            return []
+        return [self._say(path, header, notify)]
+
+    def _say(self, path: Path, header: Header, notify: Notify) -> Transmit:
+        """One unprotected notification in answer to IKE_SA_INIT."""
+        answer = Header(header.spi_i, NO_SPI, header.exchange, False, True, header.message_id)
+        return Transmit(path, build_clear(answer, notifications([notify])))
+
+    # Tables
+
+    def _next_id(self) -> int:
+        self._last_id += 1
+        return self._last_id
+
+    def _fresh_spi(self) -> bytes:
+        while True:
+            spi = self._local.entropy(SPI_BYTES)
+            if spi != NO_SPI and spi not in self._by_spi:
+                return spi
+
+    def _add(self, sa: IkeSa) -> None:
+        self._by_id[sa.id] = sa
+        self._by_spi[sa.local_spi] = sa
+
+    def _with(self, sa_id: int, now: float, act: Callable[[IkeSa], None]) -> list[Output]:
+        sa = self._by_id.get(sa_id)
+        if sa is None:
+            return []
+        act(sa)
+        return self._collect(sa, now)
+
+    def _collect(self, sa: IkeSa, now: float) -> list[Output]:
+        """The SA's outputs; the tables follow what became of it."""
+        if sa.state is State.CLOSED:
+            self._forget(sa)
+        else:
+            self._schedule(sa)
+        if not sa.is_half_open or sa.state is State.CLOSED:
+            self._leave_half_open(sa)
+        return [one for one in sa.drain() if not isinstance(one, Refused) or self._refusals.take(now)]
+
+    def _leave_half_open(self, sa: IkeSa) -> None:
+        source = self._source_of.pop(sa.id, None)
+        if source is not None:
+            self._half_open[source] -= 1
+            if not self._half_open[source]:
+                del self._half_open[source]
+
+    def _forget(self, sa: IkeSa) -> None:
+        self._by_id.pop(sa.id, None)
+        self._by_spi.pop(sa.local_spi, None)
+        self._scheduled.pop(sa.id, None)
+        key = self._init_of.pop(sa.id, None)
+        if key is not None and self._inits.get(key, (b"", 0))[1] == sa.id:
+            del self._inits[key]
+
+
+def _source(endpoint: Endpoint) -> str:
+    """What counts as one source: an IPv4 address, or an IPv6 /64."""
+    if not endpoint.is_ipv6:
+        return endpoint.host
+    return endpoint.ip.packed[:8].hex()

@@ -1,0 +1,152 @@
+"""What the endpoint says: effects on the ESP plane and events, besides `core.output.Transmit`.
+
+`sa` is the local number of an IKE SA, a counter that is never used again. `at` is monotonic seconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from p2pvpn.core.address import Path
+from p2pvpn.core.child import ChildSa
+from p2pvpn.core.output import Effect, Event
+
+from .config import RemoteIdentity
+from .notifies import Notify
+
+
+@dataclass(frozen=True, slots=True)
+class InstallChild(Effect):
+    """Accept ESP of this Child SA from now on."""
+
+    sa: int
+    child: ChildSa
+
+
+@dataclass(frozen=True, slots=True)
+class UseChild(Effect):
+    """Send the traffic of the Child SA's selectors over it from now on."""
+
+    sa: int
+    child_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class MoveChild(Effect):
+    """Send the Child SA's packets over this path from now on."""
+
+    sa: int
+    child_id: int
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveChild(Effect):
+    """Forget the Child SA."""
+
+    sa: int
+    child_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class SendKeepalive(Effect):
+    """Send the one-byte NAT keepalive over this path (RFC 3948 section 4): it takes no non-ESP marker."""
+
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class SaEstablished(Event):
+    """Both sides are authenticated. `notifies` are the peer's status notifications from IKE_AUTH."""
+
+    sa: int
+    network: str
+    remote: RemoteIdentity
+    initiator: bool
+    path: Path
+    notifies: tuple[Notify, ...]
+    tag: object
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class SaFailed(Event):
+    """An SA that we began did not come up. `timed_out` when nothing (trustworthy) was heard."""
+
+    sa: int
+    tag: object
+    reason: str
+    timed_out: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Refused(Event):
+    """A peer's attempt was refused; the peer was told no reason. Said at most once a second."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChildFailed(Event):
+    """The IKE SA stands, but its Child SA was refused."""
+
+    sa: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChildClosed(Event):
+    """The peer deleted one Child SA; the IKE SA stands."""
+
+    sa: int
+    child_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class SaClosed(Event):
+    """An established SA ended; its Child SAs were removed before."""
+
+    sa: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SaMoved(Event):
+    """The SA and its Child SAs use this path now."""
+
+    sa: int
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class MoveFailed(Event):
+    """A move that we asked for did not happen; the SA stays on its path."""
+
+    sa: int
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Informed(Event):
+    """Status notifications of the peer in an INFORMATIONAL request, authenticated and in order."""
+
+    sa: int
+    notifies: tuple[Notify, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PeerPathHint(Event):
+    """The newest authenticated message came from an address that is not the SA's. A hint, said once per address."""
+
+    sa: int
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Liveness(Event):
+    """The peer answered at this time."""
+
+    sa: int
+    alive_at: float

@@ -1,0 +1,520 @@
+"""One IKE SA: its state, its keys, its two windows, its timers.
+
+Messages come in by `receive`, time by `tick`, wishes of the engine by the methods named after them. Tasks (package
+`tasks`) do the work of the exchanges and change the SA through `advance`, `key`, `establish`, `end` and `emit`. Outputs
+collect in one list, which the endpoint drains after every call.
+
+A message changes something only after it was found admissible in the state, authentic (but for IKE_SA_INIT), whole, the
+next in its window, and legal by the rules. Before that it is dropped without a word.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from p2pvpn.core.address import Path
+from p2pvpn.core.child import ChildSa
+from p2pvpn.core.errors import LocalError, WireError
+from p2pvpn.core.output import Output, Transmit
+from p2pvpn.core.secret import Secret
+from p2pvpn.core.timers import TimerTable
+
+from .channel import Channel
+from .codes import Exchange
+from .config import Credential, Local, RemoteIdentity
+from .keys import IkeKeys
+from .message import CriticalPayloadError, Header, notifications
+from .notifies import Notify, NotifyType
+from .outputs import (
+    MoveChild,
+    MoveFailed,
+    PeerPathHint,
+    Refused,
+    RemoveChild,
+    SaClosed,
+    SaFailed,
+    SaMoved,
+    SendKeepalive,
+)
+from .payloads import Payload
+from .protect import Opened
+from .rules import rule_for
+from .states import REQUESTS, State, Step, after
+from .tasks.inform import Inform, Probe, delete_request
+from .tasks.init import Handshake, PeerFeatures
+from .tasks.mobike import Move, UpdateAddresses
+from .tasks.responders import RESPONDERS
+from .tasks.task import Received, Refusal, Reply, Task, Verdict
+from .window import Answers, Outstanding, Requests
+
+
+class Timer(Enum):
+    RETRANSMIT = "the request under way is sent again, or given up"
+    DOUBT = "an unprotected error came, and no true answer since"
+    END = "a half-open, deleting or lingering SA is forgotten"
+    LIVENESS = "nothing was heard of the peer for a while: it is probed"
+    KEEPALIVE = "the NAT in front of us is about to forget the mapping"
+
+
+class IkeSa:
+    """One IKE SA. `id` is local and never used again; SPIs and roles are those of RFC 7296."""
+
+    def __init__(
+        self,
+        local: Local,
+        sa_id: int,
+        path: Path,
+        *,
+        initiator: bool,
+        spi_i: bytes,
+        spi_r: bytes,
+        tag: object = None,
+    ) -> None:
+        self.local = local
+        self.id = sa_id
+        self.initiator = initiator
+        self.spi_i = spi_i
+        self.spi_r = spi_r
+        self.path = path
+        self.tag = tag
+        self.state = State.INIT_SENT if initiator else State.INIT_ANSWERED
+        self.keys: IkeKeys | None = None
+        self.handshake: Handshake | None = None
+        self.peer = PeerFeatures()
+        self.credential: Credential | None = None
+        self.remote: RemoteIdentity | None = None
+        self.children: dict[int, ChildSa] = {}
+        self.established_at: float | None = None
+        self.moving: Move | None = None
+        self.requests = Requests(local.settings.queue_max)
+        self.answers = Answers()
+        self._channel = Channel(local.settings)
+        self._timers: TimerTable[Timer] = TimerTable()
+        self._hinted: Path | None = None
+        self._doubt = ""
+        self._close_reason = ""
+        self._out: list[Output] = []
+
+    # What the endpoint asks
+
+    @property
+    def local_spi(self) -> bytes:
+        return self.spi_i if self.initiator else self.spi_r
+
+    @property
+    def is_half_open(self) -> bool:
+        """A responder's SA that was never authenticated."""
+        return not self.initiator and self.established_at is None
+
+    def drain(self) -> list[Output]:
+        """The outputs since the last call."""
+        out, self._out = self._out, []
+        return out
+
+    def next_deadline(self) -> float | None:
+        return self._timers.next_deadline()
+
+    def export(self, label: bytes, length: int) -> Secret:
+        """Raises LocalError unless the SA is established."""
+        if self.keys is None or self.established_at is None:
+            raise LocalError("the SA is not established")
+        return self.keys.export(label, length)
+
+    # Beginnings
+
+    def begin(self, task: Task, now: float) -> None:
+        """The initiator's first request."""
+        self.requests.add_first(task)
+        self._pump(now)
+
+    def answer_init(self, payloads: list[Payload], path: Path, now: float) -> None:
+        """The responder's first answer; it is part of what AUTH signs."""
+        packets = self._channel.pack(self._header(Exchange.IKE_SA_INIT, 0, response=True), payloads)
+        assert self.handshake is not None
+        self.handshake.answer = packets[0]
+        self.answers.store(packets)
+        self._channel.protect(self.handshake.keys, self.initiator)
+        self._timers.set(Timer.END, now + self.local.settings.half_open_s)
+        self._transmit(path, packets)
+
+    def repeat_init(self, path: Path, now: float) -> None:
+        """The same IKE_SA_INIT request came again: the same answer, as long as nothing else came."""
+        if self.state is State.INIT_ANSWERED:
+            self._transmit(path, self.answers.again(0, now, lambda: True))
+
+    # Wishes of the engine
+
+    def move(self, path: Path, now: float) -> None:
+        """MOBIKE to another path; original initiator only."""
+        if self.state is not State.ESTABLISHED or not self.initiator or not self.peer.mobike:
+            self.emit(MoveFailed(self.id, path, "only the original initiator of an established MOBIKE SA moves it"))
+            return
+        if path == self.move_path and (self.moving is None or not self.moving.back):
+            return
+        self.start_move(Move(path), now)
+        if not self.requests.has(UpdateAddresses):
+            self.requests.add_first(UpdateAddresses())
+        self._pump(now)
+
+    def adopt(self, path: Path, now: float) -> None:
+        """Use this path without asking the peer."""
+        if self.state is State.ESTABLISHED and self.switch(path, now):
+            self.emit(SaMoved(self.id, path))
+            self._pump(now)
+
+    def inform(self, notifies: tuple[Notify, ...], now: float) -> None:
+        """Raises LocalError when the queue is full or the SA not established."""
+        if self.state is not State.ESTABLISHED:
+            raise LocalError("the SA is not established")
+        self.requests.add(Inform(notifications(notifies)))
+        self._pump(now)
+
+    def probe(self, now: float) -> None:
+        """An empty request, unless one is waiting already."""
+        under_way = self.requests.outstanding
+        if self.state is not State.ESTABLISHED or self.requests.has(Probe):
+            return
+        if under_way is None or not isinstance(under_way.task, Probe):
+            self.requests.add_first(Probe())
+        self._pump(now)
+
+    def close(self, reason: str, now: float) -> None:
+        """DELETE; an SA that is not established yet is forgotten."""
+        if self.state is State.ESTABLISHED:
+            self._close_reason = reason
+            self.advance(Step.CLOSE)
+            self.requests.clear_queue()
+            self.requests.add_first(delete_request())
+            self.moving = None
+            self._timers.clear(Timer.LIVENESS)
+            self._set_farewell(now)
+            self._pump(now)
+        elif self.state in (State.INIT_SENT, State.INIT_ANSWERED, State.AUTH_SENT):
+            self.drop()
+
+    def drop(self) -> None:
+        """Forget the SA: no message, no event."""
+        if self.state is not State.CLOSED:
+            self.advance(Step.DROPPED)
+            self._remove_children()
+            self._timers.clear_all()
+
+    def heard(self, now: float) -> None:
+        """The peer is known to be alive: the next probe is put off."""
+        if self.state is State.ESTABLISHED and self.local.settings.liveness_s is not None:
+            self._timers.set(Timer.LIVENESS, now + self.local.settings.liveness_s)
+
+    # What tasks do
+
+    def emit(self, output: Output) -> None:
+        self._out.append(output)
+
+    def advance(self, step: Step) -> None:
+        """By the table of states. Raises LocalError when the step cannot be."""
+        self.state = after(self.state, step)
+
+    def key(self, handshake: Handshake) -> None:
+        """SK_ keys are known; everything after IKE_SA_INIT is protected by them."""
+        self.keys = handshake.keys
+        self.handshake = handshake
+        self._channel.fragmentation = self.peer.fragmentation
+        if self.initiator:
+            self._channel.protect(handshake.keys, self.initiator)
+        self._timers.clear(Timer.DOUBT)
+
+    def establish(self, now: float) -> None:
+        """IKE_AUTH is complete on both sides."""
+        self.advance(Step.AUTHENTICATED)
+        self.established_at = now
+        self.handshake = None
+        self._timers.clear(Timer.END)
+        self.heard(now)
+        self._set_keepalive(now)
+
+    def doubt(self, reason: str, now: float) -> None:
+        """An unprotected error came: if nothing better comes within the grace time, it is believed."""
+        self._doubt = reason
+        if self._timers.at(Timer.DOUBT) is None:
+            self._timers.set(Timer.DOUBT, now + self.local.settings.error_grace_s)
+
+    def end(self, step: Step, reason: str, now: float) -> None:
+        """The SA is over, or (UNTRUSTED) about to be; says so once."""
+        established = self.established_at is not None
+        was_told = self.state is State.DELETING and not established
+        self.advance(step)
+        self._remove_children()
+        self._timers.clear_all()
+        self.requests.clear_queue()
+        if self.state is State.LINGERING:
+            self.requests.outstanding = None
+            self._timers.set(Timer.END, now + self.local.settings.linger_s)
+        elif self.state is State.DELETING:
+            self._set_farewell(now)
+        if established:
+            self.emit(SaClosed(self.id, self._close_reason or reason))
+        elif self.initiator and not was_told:
+            self.emit(SaFailed(self.id, self.tag, reason, step is Step.TIMED_OUT))
+        elif not self.initiator and step in (Step.REFUSED, Step.BROKEN):
+            self.emit(Refused(self.path, reason))
+
+    # Moving
+
+    @property
+    def move_path(self) -> Path:
+        """Where our requests go: the target of a move under way, else the SA's path."""
+        return self.path if self.moving is None else self.moving.target
+
+    def start_move(self, move: Move, now: float) -> None:
+        """Requests go to the move's target from now on, the one under way included (RFC 4555 section 3.5)."""
+        self.moving = move
+        settings = self.local.settings
+        self._redirect(move.target, settings.tries if move.back else settings.move_tries, now)
+
+    def settle_move(self, now: float) -> None:
+        """The peer answered over the move's target."""
+        move = self.moving
+        if move is None:
+            return
+        if move.back:
+            self.moving = None
+        elif self.switch(move.target, now):
+            self.emit(SaMoved(self.id, move.target))
+
+    def switch(self, path: Path, now: float) -> bool:
+        """Send over this path from now on; whether that is a change."""
+        self.moving = None
+        changed = path != self.path
+        self._hinted = None
+        self.path = path
+        self._redirect(path, self.local.settings.tries, now)
+        if changed:
+            for child_id in self.children:
+                self.emit(MoveChild(self.id, child_id, path))
+            self._set_keepalive(now)
+        return changed
+
+    def fail_move(self, reason: str, now: float) -> None:
+        """Back to the path that was never left."""
+        move = self.moving
+        if move is None or move.back:
+            self.moving = None
+            return
+        if self.initiator:
+            self.emit(MoveFailed(self.id, move.target, reason))
+        self.start_move(Move(self.path, back=True), now)
+        if self.initiator and not self.requests.has(UpdateAddresses) and self.requests.outstanding is None:
+            self.requests.add_first(UpdateAddresses())
+
+    def _redirect(self, path: Path, limit: int, now: float) -> None:
+        waiting = self.requests.outstanding
+        if waiting is not None and waiting.path != path:
+            waiting.path, waiting.limit, waiting.sent = path, limit, 0
+            self._send_outstanding(now)
+
+    # Time
+
+    def tick(self, now: float) -> None:
+        """All timers that are due."""
+        for timer in self._timers.pop_due(now):
+            if self.state is State.CLOSED:
+                return
+            if timer is Timer.RETRANSMIT:
+                self._retransmit(now)
+            elif timer is Timer.DOUBT:
+                self.end(Step.REFUSED, self._doubt, now)
+            elif timer is Timer.END:
+                self._time_is_up(now)
+            elif timer is Timer.LIVENESS:
+                self.heard(now)
+                if self.requests.is_idle:
+                    self.probe(now)
+            else:
+                self.emit(SendKeepalive(self.path))
+                self._set_keepalive(now)
+        self._pump(now)
+
+    def _time_is_up(self, now: float) -> None:
+        if self.state is State.LINGERING:
+            self.advance(Step.TIMED_OUT)
+            self._timers.clear_all()
+        else:
+            self.end(Step.TIMED_OUT, "time is up", now)
+
+    def _retransmit(self, now: float) -> None:
+        waiting = self.requests.outstanding
+        if waiting is None:
+            return
+        if waiting.sent < waiting.limit:
+            self._send_outstanding(now)
+        elif self.moving is not None and not self.moving.back:
+            self.fail_move("no answer over the new path", now)
+        else:
+            self.requests.outstanding = None
+            waiting.task.gave_up(self, now)
+
+    def _set_farewell(self, now: float) -> None:
+        """The end of a DELETE, even when a request before it blocks the window."""
+        settings = self.local.settings
+        patience = sum(settings.retry_s * settings.retry_factor**turn for turn in range(settings.delete_tries))
+        self._timers.set(Timer.END, now + 2 * patience)
+
+    def _set_keepalive(self, now: float) -> None:
+        interval = self.local.settings.nat_keepalive_s
+        if interval is not None and self.peer.local_nat:
+            self._timers.set(Timer.KEEPALIVE, now + interval)
+
+    # Requests of ours
+
+    def _pump(self, now: float) -> None:
+        """Begins the next request when the window is free."""
+        if self.state in (State.LINGERING, State.CLOSED):
+            return
+        task = self.requests.take()
+        if task is None:
+            return
+        try:
+            self._ask(task, now)
+        except LocalError as problem:
+            self.end(Step.DROPPED, str(problem), now)
+
+    def _ask(self, task: Task, now: float) -> None:
+        message_id = self.requests.next_id
+        packets = self._channel.pack(self._header(task.exchange, message_id, response=False), task.request(self))
+        task.sent(packets[0])
+        limit = task.tries(self.local.settings)
+        self.requests.outstanding = Outstanding(task, message_id, packets, task.path(self), limit)
+        self._send_outstanding(now)
+
+    def _send_outstanding(self, now: float) -> None:
+        waiting = self.requests.outstanding
+        assert waiting is not None
+        waiting.sent += 1
+        self._transmit(waiting.path, waiting.packets)
+        settings = self.local.settings
+        self._timers.set(Timer.RETRANSMIT, now + self.requests.interval(settings.retry_s, settings.retry_factor))
+
+    def _header(self, exchange: int, message_id: int, *, response: bool) -> Header:
+        return Header(self.spi_i, self.spi_r, exchange, self.initiator, response, message_id)
+
+    def _transmit(self, path: Path, packets: tuple[bytes, ...]) -> None:
+        for packet in packets:
+            self.emit(Transmit(path, packet))
+
+    # Messages of the peer
+
+    def receive(self, path: Path, header: Header, data: bytes, now: float) -> None:
+        """A datagram with our SPI."""
+        if header.initiator == self.initiator or header.spi_i != self.spi_i:
+            return
+        if self.state in (State.LINGERING, State.CLOSED) and header.response:
+            return
+        if header.response:
+            self._receive_answer(path, header, data, now)
+        elif header.spi_r == self.spi_r:
+            self._receive_request(path, header, data, now)
+        self._pump(now)
+
+    def _receive_answer(self, path: Path, header: Header, data: bytes, now: float) -> None:
+        waiting = self.requests.outstanding
+        if waiting is None or (header.exchange, header.message_id) != (waiting.task.exchange, waiting.message_id):
+            return
+        try:
+            received = self._read_answer(path, header, data)
+        except WireError as problem:
+            if self._channel.is_protected:
+                self._break(f"an answer that breaks the protocol: {problem}", now)
+            return
+        if received is None:
+            return
+        self._note(received, now)
+        self.requests.outstanding = None
+        try:
+            verdict = waiting.task.answered(self, received, now)
+        except WireError as problem:
+            self._break(f"an answer that breaks the protocol: {problem}", now)
+            return
+        if verdict is Verdict.IGNORED:
+            self.requests.outstanding = waiting
+        elif verdict is Verdict.AGAIN:
+            self._ask(waiting.task, now)
+        else:
+            self.requests.next_id = waiting.message_id + 1
+            if self.requests.outstanding is None:
+                self._timers.clear(Timer.RETRANSMIT)
+
+    def _read_answer(self, path: Path, header: Header, data: bytes) -> Received | None:
+        """None when it is not authentic or not whole yet. Raises WireError when it is, and breaks the protocol."""
+        if not self._channel.is_protected:
+            return self._channel.read_clear_untrusted(path, data)
+        opened = self._channel.open(header, data) if header.spi_r == self.spi_r else None
+        return None if opened is None else self._channel.read_untrusted(path, header, opened)
+
+    def _break(self, reason: str, now: float) -> None:
+        """An authenticated message that breaks the protocol ends the SA (RFC 7296 section 2.21)."""
+        self.requests.outstanding = None
+        self.end(Step.REFUSED if self.state is State.AUTH_SENT else Step.BROKEN, reason, now)
+
+    def _receive_request(self, path: Path, header: Header, data: bytes, now: float) -> None:
+        if header.message_id == self.answers.expected_id - 1 and header.exchange != Exchange.IKE_SA_INIT:
+            self._transmit(path, self.answers.again(header.message_id, now, lambda: self._channel.is_repeated(data)))
+            return
+        rule = rule_for(header.exchange, False)
+        if header.message_id != self.answers.expected_id or rule is None:
+            return
+        if header.exchange not in REQUESTS[self.state]:
+            return
+        opened = self._channel.open(header, data)
+        if opened is not None:
+            self._answer(path, header, opened, now)
+
+    def _answer(self, path: Path, header: Header, opened: Opened, now: float) -> None:
+        """An authentic request in its turn: the answer goes where it came from (RFC 7296 section 2.11)."""
+        reply, before = Reply(), len(self._out)
+        try:
+            received = self._channel.read_untrusted(path, header, opened)
+            reply = RESPONDERS[Exchange(header.exchange)](self, received, now)
+            self._note(received, now)
+        except Refusal as refusal:
+            reply = self._refuse(refusal)
+        except CriticalPayloadError as problem:
+            kind = NotifyType.UNSUPPORTED_CRITICAL_PAYLOAD
+            fatal = self.established_at is None
+            reply = self._refuse(Refusal(str(problem), kind, bytes([problem.kind]), fatal=fatal))
+        except WireError as problem:
+            del self._out[before:]
+            reply = Reply(
+                tuple(notifications([Notify(NotifyType.INVALID_SYNTAX)])),
+                (),
+                Step.BROKEN,
+                f"it sent nonsense: {problem}",
+            )
+        own = self._header(header.exchange, header.message_id, response=True)
+        packets = self._channel.pack(own, reply.payloads)
+        self.answers.store(packets)
+        self._transmit(path, packets)
+        for output in reply.then:
+            self.emit(output)
+        if reply.step is Step.AUTHENTICATED:
+            self.establish(now)
+        elif reply.step is not None:
+            self.end(reply.step, reply.reason, now)
+
+    def _refuse(self, refusal: Refusal) -> Reply:
+        step = Step.REFUSED if refusal.fatal else None
+        return Reply(tuple(notifications([refusal.notify])), (), step, str(refusal))
+
+    def _note(self, received: Received, now: float) -> None:
+        """An authentic, new message: the peer is alive, and this is where it is."""
+        if self.state is not State.ESTABLISHED:
+            return
+        self.heard(now)
+        remote = received.path.remote
+        known = (self.path.remote, self.move_path.remote)
+        if remote not in known and (self._hinted is None or self._hinted.remote != remote):
+            self._hinted = received.path
+            self.emit(PeerPathHint(self.id, received.path))
+
+    def _remove_children(self) -> None:
+        for child_id in self.children:
+            self.emit(RemoveChild(self.id, child_id))
+        self.children.clear()

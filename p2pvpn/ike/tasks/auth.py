@@ -1,0 +1,234 @@
+"""IKE_AUTH (RFC 7296 sections 1.2 and 2.15): who is who, and the first Child SA.
+
+Every reason to refuse a peer looks the same on the wire: AUTHENTICATION_FAILED, alone. A refused Child SA is another
+matter: it leaves the IKE SA standing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from p2pvpn.core.errors import LocalError, TrustError, WireError
+from p2pvpn.core.output import Output
+from p2pvpn.ike.auth import id_payload, shared_key_auth, sign, signed_octets, verify_shared_key, verify_signature
+from p2pvpn.ike.codes import CERT_X509_SIGNATURE, AuthMethod, Exchange, Protocol
+from p2pvpn.ike.config import Credential, IkeId, IkeSettings, Initiate, RemoteIdentity
+from p2pvpn.ike.message import Message, notifications
+from p2pvpn.ike.notifies import CHILD_ERRORS, Notify, NotifyType
+from p2pvpn.ike.outputs import ChildFailed, InstallChild, SaEstablished, UseChild
+from p2pvpn.ike.payloads import (
+    Authentication,
+    Certificate,
+    CertificateRequest,
+    Delete,
+    IdInitiator,
+    IdResponder,
+    Payload,
+    SecurityAssociation,
+)
+from p2pvpn.ike.states import Step
+
+from .child import ESP_SPI_BYTES, ChildOffer, answer_offer
+from .inform import Inform
+from .task import Received, Refusal, Reply, Task, Verdict
+
+if TYPE_CHECKING:
+    from p2pvpn.ike.sa import IkeSa
+
+
+class AuthRequest(Task):
+    """The initiator's side."""
+
+    exchange = Exchange.IKE_AUTH
+
+    def __init__(self, request: Initiate) -> None:
+        self._request = request
+        self._offer: ChildOffer | None = None
+
+    def tries(self, settings: IkeSettings) -> int:
+        return settings.setup_tries
+
+    def request(self, sa: IkeSa) -> list[Payload]:
+        wanted = self._request
+        credential = wanted.credential
+        sa.credential = credential
+        payloads: list[Payload] = [id_payload(credential.local_id, True), *_certificates(credential)]
+        if credential.authorities:
+            payloads.append(CertificateRequest(CERT_X509_SIGNATURE, b"".join(credential.authorities)))
+        if wanted.remote_id is not None:
+            payloads.append(id_payload(wanted.remote_id, False))
+        payloads.append(_prove(sa, credential, shared_key=not credential.certificates))
+        if not wanted.childless:
+            self._offer = ChildOffer.make(sa, wanted.local, wanted.remote)
+            payloads += self._offer.payloads
+        return payloads + _auth_notifies(credential)
+
+    def answered(self, sa: IkeSa, received: Received, now: float) -> Verdict:
+        message = received.message
+        if message.first(IdResponder) is None:
+            sa.end(Step.REFUSED, f"the responder says {message.error}", now)
+            return Verdict.DONE
+        try:
+            sa.remote = self._authenticate(sa, message)
+        except TrustError as problem:
+            self._distrust(sa, str(problem), now)
+            return Verdict.DONE
+        other = [one for one in message.notifies if one.is_error and one.type not in CHILD_ERRORS]
+        if other:
+            self._distrust(sa, f"the responder says {other[0]}", now)
+            return Verdict.DONE
+        sa.peer.mobike = message.notify(NotifyType.MOBIKE_SUPPORTED) is not None
+        failure = self._take_child(sa, message)
+        sa.emit(_established_event(sa, message, now))
+        if failure:
+            sa.emit(ChildFailed(sa.id, failure))
+        sa.establish(now)
+        return Verdict.DONE
+
+    def _authenticate(self, sa: IkeSa, message: Message) -> RemoteIdentity:
+        wanted = self._request
+        named = message.one(IdResponder)
+        identity = IkeId(named.kind, named.data)
+        if wanted.remote_id is not None and identity != wanted.remote_id:
+            raise TrustError(f"the responder is {identity}, not {wanted.remote_id}")
+        return _verify(sa, wanted.credential, identity, message)
+
+    def _distrust(self, sa: IkeSa, reason: str, now: float) -> None:
+        """The responder believes that the SA stands, so it is told (RFC 7296 section 2.21.2)."""
+        sa.end(Step.UNTRUSTED, reason, now)
+        sa.requests.add_first(Inform(notifications([Notify(NotifyType.AUTHENTICATION_FAILED)]), ends=True))
+
+    def _take_child(self, sa: IkeSa, message: Message) -> str:
+        """Installs the Child SA; otherwise the reason why there is none."""
+        if self._offer is None:
+            return ""
+        if message.first(SecurityAssociation) is None:
+            return f"the responder says {message.error or 'nothing of a Child SA'}"
+        assert sa.remote is not None
+        try:
+            child = self._offer.accepted_untrusted(sa, message, sa.remote.blocks)
+        except (WireError, Refusal) as problem:
+            spi = self._offer.spi.to_bytes(ESP_SPI_BYTES, "big")
+            sa.requests.add_first(Inform([Delete(Protocol.ESP, (spi,))]))
+            return str(problem)
+        sa.children[child.id] = child
+        sa.emit(InstallChild(sa.id, child))
+        sa.emit(UseChild(sa.id, child.id))
+        return ""
+
+
+def answer(sa: IkeSa, received: Received, now: float) -> Reply:
+    """The responder's side. Raises Refusal."""
+    message = received.message
+    try:
+        credential, remote = _authenticate_initiator(sa, message)
+        sa.credential, sa.remote = credential, remote
+        shared_key = message.one(Authentication).method == AuthMethod.SHARED_KEY
+        proof = _prove(sa, credential, shared_key=shared_key)
+    except (TrustError, LocalError) as problem:
+        raise Refusal(str(problem), NotifyType.AUTHENTICATION_FAILED, fatal=True) from None
+    sa.path = received.path
+    sa.peer.mobike = message.notify(NotifyType.MOBIKE_SUPPORTED) is not None
+    payloads: list[Payload] = [id_payload(credential.local_id, False)]
+    if not shared_key:
+        payloads += _certificates(credential)
+    payloads.append(proof)
+    then: list[Output] = [_established_event(sa, message, now)]
+    if message.first(SecurityAssociation) is not None:
+        try:
+            child, described = answer_offer(sa, message, remote.blocks)
+        except Refusal as refusal:
+            payloads += notifications([refusal.notify])
+            then.append(ChildFailed(sa.id, str(refusal)))
+        else:
+            payloads += described
+            sa.children[child.id] = child
+            sa.emit(InstallChild(sa.id, child))
+            then.insert(0, UseChild(sa.id, child.id))
+    payloads += _auth_notifies(credential)
+    return Reply(tuple(payloads), tuple(then), Step.AUTHENTICATED)
+
+
+def _established_event(sa: IkeSa, message: Message, now: float) -> SaEstablished:
+    """With the notifications of the peer's IKE_AUTH message that are not for this machine."""
+    assert sa.credential is not None
+    assert sa.remote is not None
+    told = tuple(one for one in message.notifies if one.is_for_the_engine)
+    return SaEstablished(sa.id, sa.credential.network, sa.remote, sa.initiator, sa.path, told, sa.tag, now)
+
+
+def _authenticate_initiator(sa: IkeSa, message: Message) -> tuple[Credential, RemoteIdentity]:
+    """The credential to answer with and who the initiator is. Raises TrustError: the last credential's reason."""
+    named = message.one(IdInitiator)
+    identity = IkeId(named.kind, named.data)
+    problem = TrustError("no credential for this peer")
+    for credential in _candidates(sa, message):
+        try:
+            return credential, _verify(sa, credential, identity, message)
+        except TrustError as found:
+            problem = found
+    raise problem
+
+
+def _candidates(sa: IkeSa, message: Message) -> Iterator[Credential]:
+    """Those with the ID that the initiator wants; without one, those with an authority that it accepts, then all."""
+    credentials = sa.local.credentials
+    wanted = message.first(IdResponder)
+    named = [one for one in credentials if wanted and one.local_id == IkeId(wanted.kind, wanted.data)]
+    if named:
+        yield from named
+        return
+    accepted = frozenset[bytes]().union(*(one.authorities for one in message.all(CertificateRequest)))
+    yield from sorted(credentials, key=lambda one: not accepted.intersection(one.authorities))
+
+
+def _verify(sa: IkeSa, credential: Credential, identity: IkeId, message: Message) -> RemoteIdentity:
+    """The peer's identity, when its chain and its AUTH payload hold. Raises TrustError."""
+    auth = message.first(Authentication)
+    if auth is None:
+        raise TrustError("no AUTH payload: EAP is not for us")
+    handshake = sa.handshake
+    assert handshake is not None
+    keys = handshake.keys
+    if sa.initiator:
+        octets = signed_octets(keys.prf, handshake.answer, handshake.nonce_i, keys.pr, identity)
+    else:
+        octets = signed_octets(keys.prf, handshake.request, handshake.nonce_r, keys.pi, identity)
+    if auth.method == AuthMethod.SHARED_KEY:
+        if credential.psk is None or (sa.initiator and credential.certificates):
+            raise TrustError("a shared secret where a certificate is wanted")
+        verify_shared_key(keys.prf, credential.psk, auth, octets)
+        return credential.verify(identity, ())
+    chain = tuple(one.data for one in message.all(Certificate) if one.encoding == CERT_X509_SIGNATURE)
+    if not chain or not credential.certificates:
+        raise TrustError("a signature without a certificate, or where a shared secret is wanted")
+    remote = credential.verify(identity, chain)
+    if remote.key is None:
+        raise TrustError("no key to verify with")
+    verify_signature(remote.key, auth, octets)
+    return remote
+
+
+def _prove(sa: IkeSa, credential: Credential, *, shared_key: bool) -> Authentication:
+    """Our AUTH payload. Raises LocalError when the credential cannot make one that the peer understands."""
+    handshake = sa.handshake
+    assert handshake is not None
+    keys = handshake.keys
+    if sa.initiator:
+        octets = signed_octets(keys.prf, handshake.request, handshake.nonce_r, keys.pi, credential.local_id)
+    else:
+        octets = signed_octets(keys.prf, handshake.answer, handshake.nonce_i, keys.pr, credential.local_id)
+    if shared_key:
+        if credential.psk is None:
+            raise LocalError("the credential has neither certificates nor a shared secret")
+        return shared_key_auth(keys.prf, credential.psk, octets)
+    return sign(credential, sa.peer.hashes, octets)
+
+
+def _certificates(credential: Credential) -> list[Payload]:
+    return [Certificate(CERT_X509_SIGNATURE, der) for der in credential.certificates]
+
+
+def _auth_notifies(credential: Credential) -> list[Payload]:
+    return notifications([Notify(NotifyType.MOBIKE_SUPPORTED), *credential.auth_notifies()])

@@ -1,0 +1,131 @@
+"""MOBIKE (RFC 4555): moving a live SA to another path, without losing a packet.
+
+ESP is accepted from any outer address, so a move only switches where each side sends. The original initiator sends
+UPDATE_SA_ADDRESSES over the new path. The responder answers, makes sure that the new address is the peer's (COOKIE2,
+unless something else proved it), and switches; the initiator switches on the answer. While a move is under way every
+request goes over the new path (section 3.5); when that stays silent, the SA goes back to the old one, and a last update
+over it makes sure that both sides agree.
+"""
+
+from __future__ import annotations
+
+import hmac
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from p2pvpn.core.address import Path
+from p2pvpn.core.errors import WireError
+from p2pvpn.core.output import Output
+from p2pvpn.ike.codes import Exchange
+from p2pvpn.ike.config import IkeSettings
+from p2pvpn.ike.message import notifications
+from p2pvpn.ike.nat import HASH_BYTES, detection_notifies, local_nat
+from p2pvpn.ike.notifies import Notify, NotifyType
+from p2pvpn.ike.outputs import SaMoved
+from p2pvpn.ike.payloads import Payload
+
+from .task import Received, Task, Verdict
+
+if TYPE_CHECKING:
+    from p2pvpn.ike.sa import IkeSa
+
+COOKIE2_BYTES = 16
+"""8 to 64 (RFC 4555 section 4.2.5)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A move under way. `back` is the return to the path that never was left: nothing is said about it."""
+
+    target: Path
+    back: bool = False
+
+
+class _PathTask(Task):
+    """A request that settles the move under way when it is answered over the move's target."""
+
+    exchange = Exchange.INFORMATIONAL
+
+    def __init__(self) -> None:
+        self._built_for: Path | None = None
+
+    def path(self, sa: IkeSa) -> Path:
+        return sa.move_path
+
+    def tries(self, settings: IkeSettings) -> int:
+        return settings.move_tries
+
+    def _settle(self, sa: IkeSa, again: Task, now: float) -> None:
+        move = sa.moving
+        if move is None:
+            return
+        if move.target == self._built_for:
+            sa.settle_move(now)
+        elif not sa.requests.has(type(again)):
+            sa.requests.add_first(again)
+
+
+class UpdateAddresses(_PathTask):
+    """The original initiator's UPDATE_SA_ADDRESSES (section 3.5)."""
+
+    def request(self, sa: IkeSa) -> list[Payload]:
+        self._built_for = sa.move_path
+        update = Notify(NotifyType.UPDATE_SA_ADDRESSES)
+        return notifications([update, *_detection(sa, sa.move_path)])
+
+    def answered(self, sa: IkeSa, received: Received, now: float) -> Verdict:
+        error = received.message.error
+        if error is not None:
+            sa.fail_move(f"the peer says {error}", now)
+            return Verdict.DONE
+        behind = local_nat(received.message, sa.spi_i, sa.spi_r, received.path)
+        if behind is not None:
+            sa.peer.local_nat = behind
+        self._settle(sa, UpdateAddresses(), now)
+        return Verdict.DONE
+
+
+class ProveRoute(_PathTask):
+    """The responder's COOKIE2: does the peer receive what goes to its new address (section 3.7)?"""
+
+    def __init__(self, cookie: bytes) -> None:
+        super().__init__()
+        self._cookie = cookie
+
+    def request(self, sa: IkeSa) -> list[Payload]:
+        self._built_for = sa.move_path
+        return notifications([Notify(NotifyType.COOKIE2, self._cookie)])
+
+    def answered(self, sa: IkeSa, received: Received, now: float) -> Verdict:
+        echoed = received.message.notify(NotifyType.COOKIE2)
+        if echoed is None or not hmac.compare_digest(echoed.data, self._cookie):
+            raise WireError("COOKIE2 came back as another")
+        self._settle(sa, ProveRoute(sa.local.entropy(COOKIE2_BYTES)), now)
+        return Verdict.DONE
+
+
+def answer_update(sa: IkeSa, received: Received, then: list[Output], now: float) -> list[Notify]:
+    """What an INFORMATIONAL request says of addresses, and what to answer. Adds to `then` what follows the answer."""
+    message = received.message
+    asked = message.notify(NotifyType.NAT_DETECTION_DESTINATION_IP) is not None
+    answer = _detection(sa, received.path) if asked else []
+    if message.notify(NotifyType.UPDATE_SA_ADDRESSES) is None or sa.initiator or not sa.peer.mobike:
+        return answer
+    behind = local_nat(message, sa.spi_i, sa.spi_r, received.path)
+    if behind is not None:
+        sa.peer.local_nat = behind
+    if received.path == sa.move_path:
+        return answer
+    if received.path == sa.path or sa.local.settings.routable(received.path.remote):
+        if sa.switch(received.path, now):
+            then.append(SaMoved(sa.id, received.path))
+        return answer
+    sa.start_move(Move(received.path), now)
+    if not sa.requests.has(ProveRoute):
+        sa.requests.add_first(ProveRoute(sa.local.entropy(COOKIE2_BYTES)))
+    return answer
+
+
+def _detection(sa: IkeSa, path: Path) -> list[Notify]:
+    fake = sa.local.entropy(HASH_BYTES) if sa.local.settings.fake_nat else None
+    return detection_notifies(sa.spi_i, sa.spi_r, path, fake)

@@ -1,0 +1,20 @@
+"""Who answers which request of the peer, once the SA has keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from p2pvpn.ike.codes import Exchange
+
+from . import auth, child, inform
+from .task import Received, Reply
+
+if TYPE_CHECKING:
+    from p2pvpn.ike.sa import IkeSa
+
+RESPONDERS: dict[Exchange, Callable[[IkeSa, Received, float], Reply]] = {
+    Exchange.IKE_AUTH: auth.answer,
+    Exchange.CREATE_CHILD_SA: child.answer,
+    Exchange.INFORMATIONAL: inform.answer,
+}
