@@ -89,11 +89,9 @@ class HubSide:
         rpc.register(CALL, self._on_call)
         rpc.register(FORWARD, self._on_forward)
 
-    async def open(self) -> None:
-        await self.node.start()
-
     async def run(self) -> None:
-        """Tell the relay what its forwarder carried, until cancelled: idle and greedy allocations end by it."""
+        """Serve until cancelled. What the forwarder carried is told to the relay: idle and greedy pairs end by it."""
+        await self.node.start()
         while True:
             await asyncio.sleep(USAGE_POLL_S)
             for port in list(self.relay.ports()):

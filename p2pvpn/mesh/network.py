@@ -134,8 +134,6 @@ class Network:
         await self._services.plane.open_network(self.label, standing.addresses, standing.routes, mtu)
         await self.rpc.open()
         self._apply_document()
-        if self.hub is not None:
-            await self.hub.open()
 
     async def run(self) -> None:
         """Everything that goes on until cancelled."""
