@@ -25,7 +25,7 @@ IKE_EXCHANGES = {
 """RFC 7296 section 3.1 and RFC 9242."""
 STUN_CLASSES = ("request", "indication", "response", "error")
 """By the two class bits of RFC 8489 section 5."""
-COLUMN = 24
+COLUMN = 32
 """Characters between two columns of a diagram."""
 
 
@@ -127,17 +127,16 @@ def _rails(columns: dict[str, int]) -> list[str]:
 def _arrow(event: TraceEvent, columns: dict[str, int], suffix: str) -> str:
     line = _rails(columns)
     left, right = sorted((columns[event.host], columns[event.to]))
-    label = f" {event.kind}{suffix}{' ' + event.text if event.text else ''} "
+    label = f"{event.kind}{suffix} {event.text}".rstrip()
     if left == right:
-        return "".join(line) + f"  * {event.host}:{label}"
-    span = right - left - 1
-    shaft = label[:span].center(span, "-")
+        return "".join(line) + f"  * {event.host}: {label}"
+    span = right - left - 2
+    fits = len(label) <= span
+    shaft = (f" {label} " if len(label) + 2 <= span else label if fits else "").center(span, "-")
     backward = columns[event.to] < columns[event.host]
-    lost = bool(event.text)
-    tip = "x" if lost else ("<" if backward else ">")
-    shaft = tip + shaft[1:] if backward else shaft[:-1] + tip
-    line[left + 1 : right] = shaft
-    return "".join(line) + (label.rstrip() if len(label) > span else "")
+    tip = "x" if event.text else "<" if backward else ">"
+    line[left + 1 : right] = tip + shaft if backward else shaft + tip
+    return "".join(line) + ("" if fits else f"  {label}")
 
 
 def _remark(event: TraceEvent, columns: dict[str, int]) -> str:
