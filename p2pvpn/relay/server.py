@@ -81,7 +81,9 @@ class Allocation:
 
 @dataclass(frozen=True, slots=True)
 class Bind(Effect):
-    """From now on `source`, and no other, passes at `port`."""
+    """From now on `source`, and no other, passes at `port`. Said again at each refresh: the source may have turned to
+    another address of ours.
+    """
 
     port: int
     source: Endpoint
@@ -278,7 +280,7 @@ class RelayServer:
         if source == side.source:
             side.counter = request.counter
             side.bound_at = pair.active_at = max(pair.active_at, now)
-            return self._no_longer(request, success)
+            return [Bind(side.ticket.port, source), *self._no_longer(request, success)]
         if source.ip != side.known and not self._nonce_holds(request.nonce, side, source, now):
             if not self._challenges.take(source.host, now):
                 return []
