@@ -70,10 +70,14 @@ class Capture:
             if said.readline() != b"ready\n":
                 raise LocalError("the capture does not start")
 
-    def stop(self) -> None:
-        """Write out the rest. Raises LocalError when frames were missed."""
+    def close(self) -> None:
+        """End it, whatever it has; again does no harm."""
         self._process.send_signal(signal.SIGTERM)
         self._process.wait()
+
+    def stop(self) -> None:
+        """Write out the rest. Raises LocalError when frames were missed."""
+        self.close()
         dropped = self.directory / "dropped"
         missed = int(dropped.read_text()) if dropped.exists() else -1
         if missed:

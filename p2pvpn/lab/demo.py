@@ -106,8 +106,9 @@ def perform(options: DemoOptions) -> bool:
     ok = False
     with Lab() as lab:
         stage = Stage(lab, ROOT, hubs=options.hubs, nats=nats, rtt_ms=options.rtt_ms, plane=options.plane)
+        demo = Demo(stage, story, figures)
         try:
-            Demo(stage, story, figures).run()
+            demo.run()
             ok = True
         except Seen as failure:
             hosts = failure.hosts or (stage.a, stage.b)
@@ -115,6 +116,7 @@ def perform(options: DemoOptions) -> bool:
         except P2pvpnError as error:
             story.failed("the laboratory to work", f"{error} {error.hint}".rstrip(), {})
         finally:
+            demo.capture.close()
             if options.json_file:
                 Path(options.json_file).write_text(figures.as_json())
     story.ended(ok)
@@ -257,9 +259,8 @@ class Demo:
         if up_at is None or not flows[1].arrived_at:
             raise Seen("numbered packets both ways", "none came", (stage.a, stage.b))
         waited = len([at for at in flows[0].sent_at if at < up_at])
-        story.note(
-            f"{waited} numbered packets waited for the connection, {len(flows[0].lost()) - len(flows[0].lost(up_at))} in vain"
-        )
+        in_vain = len(flows[0].lost()) - len(flows[0].lost(up_at))
+        story.note(f"{waited} numbered packets waited for the connection, {in_vain} in vain")
         for way in ("relayed", "direct"):
             times = [flow.latency_ms(self._numbers(flow, way, up_at)) for flow in flows]
             if None not in times:

@@ -126,7 +126,7 @@ class Stage:
     def attached_hubs(self, node: Node) -> set[str]:
         """Names of the hubs that the daemon has a tunnel to."""
         networks = self.ask(node, "status")["networks"]
-        return {hub["name"] for network in networks for hub in network["hubs"] if hub["state"] == "attached"}
+        return {hub["name"] for network in networks for hub in network["hubs"] if hub["state"] == "connected"}
 
     def peer(self, node: Node, name: str) -> dict[str, Any]:
         """What the node's daemon says of a peer; empty when it is not in contact."""
