@@ -145,11 +145,11 @@ class IkeSa:
     # Wishes of the engine
 
     def move(self, path: Path, now: float) -> None:
-        """MOBIKE to another path; original initiator only."""
+        """MOBIKE to another path; original initiator only. To the path in use: our NAT maps us anew, say so."""
         if self.state is not State.ESTABLISHED or not self.initiator or not self.peer.mobike:
             self.emit(MoveFailed(self.id, path, "only the original initiator of an established MOBIKE SA moves it"))
             return
-        if path == self.move_path and (self.moving is None or not self.moving.back):
+        if self.moving is not None and not self.moving.back and path == self.moving.target:
             return
         self.start_move(Move(path), now)
         if not self.requests.has(UpdateAddresses):

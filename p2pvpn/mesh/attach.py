@@ -50,6 +50,7 @@ class Attachments:
         self._session = session
         self._hubs: dict[IPv6Address, Hub] = {}
         self._failures: dict[IPv6Address, int] = {}
+        self._up: set[IPv6Address] = set()
         self._wake = asyncio.Event()
         self._backoff = Backoff(services.tuning.retry_first_s, services.tuning.retry_max_s, services.entropy)
 
@@ -67,13 +68,18 @@ class Attachments:
     def lost(self, overlay: IPv6Address) -> None:
         """A tunnel to a hub ended, or an attempt failed."""
         if overlay in self._hubs:
+            self._up.discard(overlay)
             self._failures[overlay] = self._failures.get(overlay, 0) + 1
             self._wake.set()
 
-    def attached(self, overlay: IPv6Address) -> None:
+    def attached(self, overlay: IPv6Address) -> bool:
+        """A tunnel to a hub came up; whether that is news."""
+        news = overlay not in self._up
+        self._up.add(overlay)
         self._failures.pop(overlay, None)
         self._backoff.reset()
         self._wake.set()
+        return news
 
     @property
     def hubs(self) -> list[Hub]:

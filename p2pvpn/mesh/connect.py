@@ -27,6 +27,13 @@ class ConnectError(P2pvpnError):
         self.step = step
 
 
+def _outcome() -> asyncio.Future[None]:
+    """A future whose failure is no surprise if nobody waits for it any more."""
+    future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    future.add_done_callback(lambda done: None if done.cancelled() else done.exception())
+    return future
+
+
 @dataclass(eq=False, slots=True)
 class Attempt:
     """One try to bring an SA up; the tag of its IKE exchange."""
@@ -35,7 +42,7 @@ class Attempt:
     path: Path | None = None
     sa_id: int | None = None
     started_at: float = field(default_factory=lambda: asyncio.get_running_loop().time())
-    done: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    done: asyncio.Future[None] = field(default_factory=_outcome)
 
     def succeed(self) -> None:
         if not self.done.done():
@@ -65,7 +72,13 @@ class Finder(Protocol):
 
     async def locate(self, overlay: IPv6Address) -> Located: ...
 
-    async def relay_to(self, overlay: IPv6Address) -> RelayPath: ...
+    async def relay_to(self, overlay: IPv6Address) -> RelayPath:
+        """A relay bound on our side, with the peer invited to the other. Raises ConnectError."""
+        ...
+
+    def is_connected(self, overlay: IPv6Address) -> bool:
+        """Whether the peer's own attempt came through meanwhile."""
+        ...
 
     async def dial(self, attempt: Attempt, timeout_s: float) -> None:
         """Run IKE over the attempt's path until the SA is up. Raises ConnectError."""
@@ -85,8 +98,12 @@ async def connect(finder: Finder, services: Services, attempt: Attempt) -> None:
             if located.is_hub and endpoint == located.endpoints[-1]:
                 raise
             attempt.abandon(services)
-            attempt.done = asyncio.get_running_loop().create_future()
+            attempt.done = _outcome()
             attempt.sa_id = None
+    if finder.is_connected(attempt.overlay):
+        return
     relay = await finder.relay_to(attempt.overlay)
+    if finder.is_connected(attempt.overlay):
+        return
     attempt.path = relay.path
     await finder.dial(attempt, tuning.connect_timeout_s)

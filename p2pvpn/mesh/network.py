@@ -23,7 +23,7 @@ from p2pvpn.identity.keys import PeerKey
 from p2pvpn.identity.member import Member
 from p2pvpn.ike.config import Credential, IkeId, Initiate
 from p2pvpn.ike.notifies import Notify
-from p2pvpn.ike.outputs import Informed, SaClosed, SaEstablished, SaMoved
+from p2pvpn.ike.outputs import Informed, MoveFailed, SaClosed, SaEstablished, SaMoved
 from p2pvpn.punch.candidates import Candidate, encode_candidates
 
 from .attach import Attachments
@@ -260,6 +260,10 @@ class Network:
             raise ConnectError("locate", f"no address of hub {hub.name} can be resolved")
         return Located(tuple(endpoints), True)
 
+    def is_connected(self, overlay: IPv6Address) -> bool:
+        session = self.sessions.get(overlay)
+        return session is not None and session.connected
+
     async def relay_to(self, overlay: IPv6Address) -> RelayPath:
         return await self.rendezvous.relay_to(overlay)
 
@@ -321,6 +325,10 @@ class Network:
                 if session is not None:
                     session.moved(sa, path)
                     self._tell_relay(session)
+            case MoveFailed(sa=sa, path=path, reason=reason):
+                session = self._by_sa.get(sa)
+                if session is not None:
+                    session.move_failed(sa, path, reason)
             case Informed(sa=sa, notifies=notifies):
                 session = self._by_sa.get(sa)
                 if session is not None:
@@ -331,8 +339,8 @@ class Network:
         hub = self.attachments.hub_at(session.overlay)
         if hub is not None:
             if session.current is not None:
-                self.attachments.attached(hub.overlay)
-                self.emit(HubAttached(self.label, hub.name, str(session.current.path.remote)))
+                if self.attachments.attached(hub.overlay):
+                    self.emit(HubAttached(self.label, hub.name, str(session.current.path.remote)))
             else:
                 self.attachments.lost(hub.overlay)
                 self.emit(HubDetached(self.label, hub.name, reason))

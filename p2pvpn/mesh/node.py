@@ -105,6 +105,7 @@ class Node:
         self._reflexive_pump = Pump(self._reflexive, underlay, self._on_reflexive)
         self._reflector = Reflector()
         self._settling: asyncio.TimerHandle | None = None
+        self.services.suspect = self._look_outside
         underlay.on_datagram = self._on_datagram
         underlay.on_change = self.network_changed
         plane.on_trapped = self._on_trapped
@@ -211,7 +212,7 @@ class Node:
         """An SA's packets come from elsewhere. Whoever moved says so by MOBIKE; if it is our NAT that changed, the hubs
         tell us.
         """
-        self._reflexive_pump.feed(self._reflexive.refresh(self.services.now))
+        self._look_outside()
 
     def _on_unbound(self, port: int, source: Endpoint, data: bytes) -> None:
         for network in self.networks.values():
@@ -264,6 +265,10 @@ class Node:
         seen = set(self._reflexive.seen_by().values())
         return tuple(endpoint for endpoint in self._underlay.local_endpoints() if endpoint in seen)
 
+    def _look_outside(self) -> None:
+        """Ask the hubs at once where they see us."""
+        self._reflexive_pump.feed(self._reflexive.refresh(self.services.now))
+
     def _on_reflexive(self, output: Output) -> None:
         if isinstance(output, ReflexiveLearned | ReflexiveLost):
             self._moved_soon()
@@ -271,7 +276,7 @@ class Node:
     def network_changed(self) -> None:
         """An address, link or default route of the machine changed."""
         self.services.punch_limits.update_subnets(self._underlay.local_networks())
-        self._reflexive_pump.feed(self._reflexive.refresh(self.services.now))
+        self._look_outside()
         self._moved_soon()
 
     def _moved_soon(self) -> None:

@@ -9,7 +9,7 @@ from ipaddress import IPv6Address
 from p2pvpn.core.errors import P2pvpnError, TrustError
 from p2pvpn.dht.rpc import Code, RpcNode, RpcRefusedError
 
-from .attach import Attachments
+from .attach import Attachments, Hub
 from .calls import CALL, MEET, Call, Invitation, Meet
 from .connect import ConnectError
 from .directory import Directory
@@ -19,8 +19,9 @@ from .services import Services
 from .session import Session
 from .standing import Standing
 
-CALL_TIMEOUT_S = 2.0
-"""A hub that takes longer is passed over for the next one."""
+CALL_TIMEOUT_S = 3.0
+STAGGER_S = 0.4
+"""A hub that takes longer to answer and relay is not waited for: the next one is asked too."""
 UNCLAIMED_S = 20.0
 """A relay on which no SA began is given up after this."""
 
@@ -54,19 +55,37 @@ class Rendezvous:
         call = Call(locator.peer_id, locator.hubs, self._standing.me.certificate)
         attached = self._attachments.connected()
         hubs = sorted(attached, key=lambda hub: (self._rpc.is_silent(hub.overlay), hub.peer_id not in locator.hubs))
-        problem: P2pvpnError = ConnectError("call", "no hub is attached")
-        for hub in hubs:
-            try:
-                answer = await self._rpc.request(hub.overlay, CALL, call.encode(), timeout=CALL_TIMEOUT_S)
-                return await self._bind(Invitation.decode_untrusted(answer), overlay)
-            except P2pvpnError as failure:
-                problem = failure
-                self._session(hub.overlay).suspect()
+        problem = "no hub is attached"
+        asking: set[asyncio.Task[RelayPath]] = set()
+        try:
+            while hubs or asking:
+                if hubs:
+                    asking.add(asyncio.create_task(self._ask(hubs.pop(0), call), name="call"))
+                done, asking = await asyncio.wait(
+                    asking, timeout=STAGGER_S if hubs else None, return_when=asyncio.FIRST_COMPLETED
+                )
+                for task in done:
+                    try:
+                        return self._keep(await task, overlay)
+                    except ConnectError as failure:
+                        problem = str(failure)
+        finally:
+            for task in asking:
+                task.cancel()
+            await asyncio.gather(*asking, return_exceptions=True)
         self._directory.forget(overlay)
-        raise ConnectError("call", str(problem))
+        raise ConnectError("call", problem)
 
-    async def _bind(self, invitation: Invitation, overlay: IPv6Address) -> RelayPath:
-        relay = await self._services.relays.bind(invitation.ticket, invitation.relays)
+    async def _ask(self, hub: Hub, call: Call) -> RelayPath:
+        try:
+            answer = await self._rpc.request(hub.overlay, CALL, call.encode(), timeout=CALL_TIMEOUT_S)
+            invitation = Invitation.decode_untrusted(answer)
+            return await self._services.relays.bind(invitation.ticket, invitation.relays)
+        except P2pvpnError as failure:
+            self._session(hub.overlay).suspect()
+            raise ConnectError("call", f"{hub.name}: {failure}") from None
+
+    def _keep(self, relay: RelayPath, overlay: IPv6Address) -> RelayPath:
         session = self._session(overlay)
         session.relays[relay.endpoint] = relay
         relay.on_lost = session.relay_lost
@@ -96,7 +115,7 @@ class Rendezvous:
 
     async def _answer(self, invitation: Invitation, caller: IPv6Address) -> None:
         try:
-            await self._bind(invitation, caller)
+            self._keep(await self._services.relays.bind(invitation.ticket, invitation.relays), caller)
         except P2pvpnError as problem:
             name = self._directory.name_of(caller) or str(caller)
             self._emit(Refused(self._standing.label, name, f"relay: {problem}"))

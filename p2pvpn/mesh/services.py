@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,6 +63,8 @@ class Services:
     punch_limits: PunchLimits
     relays: RelayClientPump
     tuning: Tuning
+    suspect: Callable[[], None] = lambda: None
+    """Asks the hubs at once where they see us: our NAT may have changed."""
     agents: dict[PunchAgent, Pump] = field(default_factory=dict)
     """Who drives a punching agent."""
     tasks: TaskSet = field(default_factory=TaskSet)

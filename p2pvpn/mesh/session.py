@@ -120,6 +120,11 @@ class Session:
         return PathKind.RELAYED if self.current.path.remote in self._services.relays.endpoints else PathKind.DIRECT
 
     @property
+    def _with_hub(self) -> bool:
+        """Whether one of us is a hub: then there is nothing to punch and no relay."""
+        return self._context.me.is_hub or (self.member is not None and self.member.is_hub)
+
+    @property
     def rtt_s(self) -> float | None:
         """Round trip of the path in use, as the punching agent last measured it; seconds."""
         sa = self.current
@@ -157,8 +162,8 @@ class Session:
         for sa in self._sas.values():
             if sa.agent is not None and sa.pump is not None:
                 sa.pump.feed(sa.agent.update_local(candidates, self._services.now))
-        for relay in self.relays.values():
-            relay.rebind()
+            elif sa.initiator:
+                self._services.ike.move(sa.id, sa.path)
 
     async def _connect(self) -> None:
         tuning = self._services.tuning
@@ -220,7 +225,6 @@ class Session:
             services.tasks.start(services.plane.use(previous.child_id), "keep the SA in use")
             services.ike.probe(previous.id)
             self._retire(sa)
-        self._yield_attempt(sa)
 
     def _replaces(self, new: LiveSa, old: LiveSa) -> bool:
         """Whether a second SA takes the traffic over; both ends come to the same answer."""
@@ -233,15 +237,6 @@ class Session:
     def _member_id(self) -> bytes:
         assert self.member is not None
         return self.member.peer_id
-
-    def _yield_attempt(self, sa: LiveSa) -> None:
-        """The peer's exchange came through while ours is under way: end ours if it would lose anyway."""
-        if self._connecting is None or sa.initiator:
-            return
-        if self._member_id() < self._context.me.peer_id:
-            if self._attempt is not None:
-                self._attempt.abandon(self._services)
-            self._connecting.cancel()
 
     def _retire(self, sa: LiveSa) -> None:
         """An SA that was replaced: its initiator closes it when nothing can be in flight any more."""
@@ -282,6 +277,16 @@ class Session:
                 PathChanged(self._context.label, self.name, kind.value if kind else "", str(path.remote), "moved")
             )
 
+    def move_failed(self, sa_id: int, path: Path, reason: str) -> None:
+        """The SA stays where it was. If that is dead too, try again over the relay."""
+        sa = self._sas.get(sa_id)
+        if sa is None or sa is not self.current:
+            return
+        self.last_failure = f"move to {path.remote}: {reason}"
+        direct = sa.agent.selected if sa.agent is not None else None
+        if sa.path.remote not in self._services.relays.endpoints and direct != sa.path:
+            self.fall_back(reason)
+
     def closed(self, sa_id: int, reason: str) -> None:
         """An SA is gone. If it carried the traffic, another takes over, or the session is down."""
         sa = self._sas.pop(sa_id, None)
@@ -305,8 +310,7 @@ class Session:
     # Punching.
 
     def _start_punching(self, sa: LiveSa, event: SaEstablished) -> None:
-        assert self.member is not None
-        if self.member.is_hub or self._context.me.is_hub:
+        if self._with_hub:
             return  # A hub is reachable as it is.
         services = self._services
         credentials = derive(
@@ -354,6 +358,10 @@ class Session:
                 if sa.initiator and sa.id in self._sas:
                     self._move(sa, path)
             case PathLost(path=path, reason=reason):
+                # It may be our own NAT that forgot us: the relay and the hubs should know our new address soon.
+                self._services.suspect()
+                for relay in self.relays.values():
+                    relay.rebind()
                 if sa.initiator and sa.path == path and sa.id in self._sas:
                     self.fall_back(reason)
             case PunchFailed():
@@ -366,7 +374,7 @@ class Session:
     def fall_back(self, reason: str) -> None:
         """The path in use is dead: take the relay, the one we have or a new one."""
         sa = self.current
-        if sa is not None and sa.initiator and self._falling_back is None:
+        if sa is not None and sa.initiator and self._falling_back is None and not self._with_hub:
             self._falling_back = self._services.tasks.start(self._to_relay(sa, reason), f"fall back {self.name}")
 
     async def _to_relay(self, sa: LiveSa, reason: str) -> None:
@@ -428,8 +436,7 @@ class Session:
         if worn and sa.initiator and self._connecting is None:
             self.replace()
         quiet_since = max(self.usage.last_in_at, self.usage.last_out_at, sa.established_at)
-        with_hub = self._context.me.is_hub or (self.member is not None and self.member.is_hub)
-        if now - quiet_since > tuning.idle_s and sa.initiator and not with_hub:
+        if now - quiet_since > tuning.idle_s and sa.initiator and not self._with_hub:
             self.disconnect("idle")
 
     def suspect(self) -> None:
