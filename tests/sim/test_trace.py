@@ -41,7 +41,7 @@ def test_a_diagram_draws_arrows_between_columns_and_remarks_beside_them():
         "           a                               b                               c",
         "  0.000000 |--- IKE_SA_INIT request 0 ---->|                               |",
         "  0.100000 |<--- IKE_SA_INIT response 0 ---|                               |",
-        "  0.200000 |-------------------------- ESP x2 ---------------------------->|",
+        "  0.200000 |--------------------------- ESP x2 --------------------------->|",
         "  0.400000 |                               |                               |  a: connected direct",
         "  0.500000 |                               |                               |  * b: STUN request (filtered)",
         "  0.600000 |--------- ESP (lost) ---------x|                               |",
