@@ -64,7 +64,7 @@ MAX_FILE_BYTES = 1 << 26
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A granted machine. `share` is the IPv4 share it issues from, 0 if it is no issuer."""
+    """A granted machine. `share` is the IPv4 share it issues or once issued from, 0 if it never did."""
 
     peer_id: PeerId
     name: str
@@ -187,7 +187,9 @@ class AdminNetwork:
         hosts = [split_address(address)[0] for address in addresses]
         self._check(request, name, hub=bool(hub), issuer=issuer)
         old = self._ledger.get(peer)
-        share = (old.share if old and old.share else self._free_share()) if issuer else 0
+        share = old.share if old else 0
+        if issuer and not share:
+            share = self._free_share()
         ipv4 = old.ipv4 if old and old.ipv4 else self._free_ipv4()
         roles = {Role.HUB, Role.RELAY} if hub else set()
         roles |= {Role.GATEWAY} if networks else set()

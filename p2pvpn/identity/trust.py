@@ -160,7 +160,7 @@ class Trust:
         issuer = _parse(der)
         root: Root | None = self._by_root.get(issuer.issuer_key_id)
         if root is None:
-            raise TrustError("an issuer that no root of this network signed")
+            raise TrustError("an issuer of another network: no root of this network signed its certificate")
         _check_signed(issuer, root.certificate)
         if not issuer.is_ca or issuer.path_length != 0 or not issuer.signs_certificates or issuer.unknown_critical:
             raise TrustError("an issuer's certificate that does not let it issue")
