@@ -3,7 +3,7 @@
 A look-up ends with the first valid answer, so a dead or lying hub costs nothing when another is right. Answers that
 come later are compared: a higher sequence replaces what was returned (`on_newer`), and hubs that lacked the record
 are asked for that sequence, upon which they fetch it from the others (only hubs and the subject itself may store).
-`Not found` is believed when every hub that is not known to be silent said so, or one did and NEGATIVE_S passed.
+`Not found` is believed when every hub that is not known to be silent said so, or one did and the others had time.
 
 The highest sequence seen of each subject under a key is remembered until that record expires: older ones are refused,
 so that no hub can roll a peer back.
@@ -30,8 +30,11 @@ from .rpc import Code, RpcError, RpcNode, RpcRefusedError
 
 LOOKUP_S = 3.0
 """After which nobody has answered."""
-NEGATIVE_S = 1.2
-"""How long the others may contradict a first `not found`; a hub that asks its neighbours takes up to a second."""
+NEGATIVE_S = 0.8
+"""Before `not found` is believed, when others than who said so have not answered: longer than a hub asks its
+neighbours, which is what the others may still be doing."""
+CONTRADICT_S = 0.25
+"""How long the others have to contradict a `not found` that itself came late."""
 MISS_S = 1.0
 """How long `not found` is remembered: packets for an address that nobody has must not become a flood of questions."""
 MAX_ASKED = 8
@@ -147,10 +150,11 @@ class DhtClient:
             raise NoHubAnsweredError("no hub answered", hint="Is there a tunnel to any hub?")
         return self._alive(self._know(key))
 
-    def forget(self) -> None:
-        """Look everything up anew. The highest sequences seen stay remembered."""
-        for _, known in self._known.items():
-            known.cached = False
+    def forget(self, key: bytes | None = None) -> None:
+        """Look this key, or everything, up anew. The highest sequences seen stay remembered."""
+        for known_key, known in self._known.items():
+            if key in (None, known_key):
+                known.cached = False
 
     async def close(self) -> None:
         """End what goes on in the background."""
@@ -177,7 +181,8 @@ class DhtClient:
     async def _first_answer(self, asked: dict[asyncio.Task[_Heard], IPv6Address], floor: int) -> bool:
         """Wait for a record, or for `no` from all who can be expected to answer. Whether anybody answered."""
         loop = asyncio.get_running_loop()
-        until = loop.time() + LOOKUP_S
+        began = loop.time()
+        until = began + LOOKUP_S
         silent = {task for task, hub in asked.items() if self._rpc.is_silent(hub)}
         awaited = set(asked) - silent
         answered = False
@@ -194,7 +199,7 @@ class DhtClient:
                 return True
             if not answered and any(one.usable for one in heard):
                 answered = True
-                until = min(until, loop.time() + NEGATIVE_S)
+                until = min(until, max(began + NEGATIVE_S, loop.time() + CONTRADICT_S))
         return answered
 
     async def _ask(self, hub: IPv6Address, key: bytes, at_least: int) -> _Heard:

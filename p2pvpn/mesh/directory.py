@@ -97,7 +97,7 @@ class Directory:
         member = self._members.pop(overlay)
         if member is not None and member.ipv4 is not None:
             self._ipv4.pop(member.ipv4)
-        self._dht.forget()
+        self._dht.forget(records.key_of_locator(self._owner.me.network, overlay))
 
     # Finding.
 

@@ -96,7 +96,7 @@ class Node:
             ike=IkeDriver(endpoint, underlay, plane, self._on_ike),
             punch=PunchMux(),
             punch_limits=PunchLimits(),
-            relays=RelayClientPump(underlay, entropy, tuning.relay_bind_timeout_s),
+            relays=RelayClientPump(underlay, entropy, tuning.relay_bind_timeout_s, tuning.relay_confirm_timeout_s),
             tuning=tuning,
         )
         self.networks: dict[str, Network] = {}

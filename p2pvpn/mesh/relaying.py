@@ -56,7 +56,7 @@ class RelayPath:
 class RelayClientPump:
     """Drives all relay bindings of the machine."""
 
-    def __init__(self, underlay: Underlay, entropy: Entropy, timeout_s: float) -> None:
+    def __init__(self, underlay: Underlay, entropy: Entropy, timeout_s: float, confirm_timeout_s: float) -> None:
         self._underlay = underlay
         self._clients = RelayClients(entropy)
         self._pump = Pump(self._clients, underlay, self._on_output)
@@ -64,6 +64,7 @@ class RelayClientPump:
         self._waiting: dict[Endpoint, list[asyncio.Future[None]]] = {}
         self._rtts: dict[Endpoint, float] = {}
         self._timeout_s = timeout_s
+        self._confirm_timeout_s = confirm_timeout_s
 
     @property
     def endpoints(self) -> dict[Endpoint, RelayPath]:
@@ -85,7 +86,7 @@ class RelayClientPump:
             try:
                 done = self._wait(relay)
                 self._pump.feed(self._clients.open(parsed, path.local, relay.host, self._pump.now))
-                await self._within(done)
+                await self._within(done, self._timeout_s)
                 return self._paths[relay]
             except RelayFailed as failure:
                 self.release(relay)
@@ -99,7 +100,7 @@ class RelayClientPump:
             raise RelayFailed("the relay is given up")
         done = self._wait(relay)
         self._pump.feed(client.rebind(self._pump.now))
-        await self._within(done)
+        await self._within(done, self._confirm_timeout_s)
 
     def rebind(self, relay: Endpoint) -> None:
         client = self._clients.at(relay)
@@ -134,9 +135,9 @@ class RelayClientPump:
         self._waiting.setdefault(relay, []).append(done)
         return done
 
-    async def _within(self, done: asyncio.Future[None]) -> None:
+    async def _within(self, done: asyncio.Future[None], timeout_s: float) -> None:
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout(timeout_s):
                 await done
         except TimeoutError:
             raise RelayFailed("the relay does not answer") from None

@@ -271,6 +271,11 @@ class Session:
         if sa is None or sa.path == path:
             return
         sa.path = path
+        relay = self.relays.get(path.remote)
+        if relay is not None and relay is not sa.relay:
+            relay.claimed = True
+            sa.relay = relay
+            self._release_relays()
         if sa is self.current:
             kind = self.path_kind
             self._context.emit(
@@ -446,9 +451,19 @@ class Session:
             return
         if sa.agent is not None and sa.pump is not None and sa.agent.selected == sa.path:
             sa.pump.feed(sa.agent.verify(self._services.now))
-        elif sa.relay is not None:
-            sa.relay.rebind()
+        elif sa.relay is not None and sa.path == sa.relay.path and self._falling_back is None:
+            self._falling_back = self._services.tasks.start(
+                self._doubt(sa, sa.relay), f"doubt the relay to {self.name}"
+            )
         self._services.ike.probe(sa.id)
+
+    async def _doubt(self, sa: LiveSa, relay: RelayPath) -> None:
+        """The relayed path is silent: if the relay is to blame, find another one."""
+        alive = await relay.confirm()
+        self._falling_back = None
+        if not alive and sa is self.current and sa.path == relay.path:
+            sa.relay = None
+            self.fall_back("the relay does not answer")
 
     def replace(self) -> None:
         """Make a fresh SA over the path in use, before the old one ends."""

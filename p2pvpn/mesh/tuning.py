@@ -21,10 +21,11 @@ class Tuning:
     connect_timeout_s: float = 15.0
     """An attempt that took longer is over; packets that waited are gone by then."""
     relay_bind_timeout_s: float = 3.0
+    relay_confirm_timeout_s: float = 1.0
+    """A relay that worked and does not answer for this long is given up for another one."""
     call_timeout_s: float = 4.0
     idle_s: float = 300.0
     """A peer without traffic for this long is taken down; its next packet brings it up again."""
-    usage_poll_s: float = 15.0
     liveness_s: float = 15.0
     """A hub, or a relayed peer, that sent nothing for this long is asked whether it lives (RFC 7296 section 2.4)."""
     sa_life_s: float = 3600.0
@@ -41,6 +42,5 @@ class Tuning:
     """Inner bytes; with ESP, UDP and IPv6 around it stays below 1500."""
     sequence_limit: int = 3_000_000_000
     """Of 2^32 ESP sequence numbers without ESN; the SA is replaced when so many are used."""
-    document_check_s: float = 30.0
-    loss_suspect_s: float = 2.0
+    loss_suspect_s: float = 1.0
     """Traffic goes out and nothing comes back for this long: the path is verified at once."""
