@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
 
 from p2pvpn.core import stun
 from p2pvpn.core.address import Path
@@ -28,40 +27,29 @@ from p2pvpn.core.errors import TrustError, WireError
 from p2pvpn.core.limits import BoundedTable
 from p2pvpn.core.output import Output, Transmit
 from p2pvpn.core.ports import Entropy
-from p2pvpn.core.timers import TimerTable
 
-from .candidates import Candidate, CandidateKind, priority_of
+from .candidates import Candidate
 from .checklist import CheckList
+from .choice import Choice
 from .credentials import IceCredentials
 from .events import PathLost, PathNominated, PunchFailed
 from .limits import TA_S, PunchLimits
+from .messages import ROLE_CONFLICT, Messages
 from .pair import Pair, PairInput, PairReport, PairState
 from .settings import PunchSettings
 
-TAG_BYTES = 6
-"""First bytes of every transaction ID of an agent, drawn at random; the rest is random each time. Answers are routed by
-it. 48 bits are left to guess, and integrity after that."""
 MAX_OUTSTANDING = 256
 """Checks whose answers are awaited; the oldest is forgotten first."""
 MAX_SEEN = 128
 """Requests remembered against replay, at one in 5 s about ten minutes. A replay older than that is worth one packet."""
 MAX_EARLY = 16
 """Paths on which checks arrived before `start`."""
-MAX_ROLE_SWITCHES = 4
-"""One is enough between honest sides (RFC 8445 section 7.3.1.1)."""
 MAX_LEARNED_FAILURES = 7
 """Rounds after which a path that no candidate names is forgotten: two minutes of backoff."""
 ALTERNATIVES = 2
 """Working paths besides the chosen one that are kept warm."""
 CROSSING_S = 0.005
 """Checks of both sides that cross within this time need no second one."""
-ROLE_CONFLICT = 487
-
-
-class PunchTimer(Enum):
-    SETTLE = "the first success had its time to be beaten"
-    HOLD = "the chosen path may be replaced by a better one"
-    GIVE_UP = "every pair had a full round since the candidates changed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,28 +78,22 @@ class PunchAgent:
         limits: PunchLimits,
         settings: PunchSettings | None = None,
     ) -> None:
-        self.controlling = controlling
         self.credentials = credentials
-        self.tag = entropy(TAG_BYTES)
         self._settings = settings or PunchSettings()
-        self._tie_breaker = tie_breaker
+        self._messages = Messages(credentials, tie_breaker, entropy, controlling=controlling)
         self._entropy = entropy
         self._limits = limits
-        self._key_in = credentials.local_password.reveal()
-        self._key_out = credentials.remote_password.reveal()
         self._checks = CheckList(limits)
-        self._timers: TimerTable[PunchTimer] = TimerTable()
+        self._choice = Choice(self._settings)
         self._awaited: BoundedTable[bytes, _Check] = BoundedTable(MAX_OUTSTANDING)
         self._seen: BoundedTable[bytes, None] = BoundedTable(MAX_SEEN)
         self._early: BoundedTable[Path, bool] = BoundedTable(MAX_EARLY)
-        self._selected: Pair | None = None
-        self._settled = False
-        self._held = False
+        self._give_up_at: float | None = None
         self._overdue = False
         self._nominations = 0
-        self._role_switches = 0
         self._started = False
         self._closed = False
+        self._slot_at: float | None = None
         self._out: list[Output] = []
 
     # The session
@@ -121,9 +103,23 @@ class PunchAgent:
         """The chosen direct path, if there is one."""
         return self._selected.path if self._selected else None
 
+    @property
+    def _selected(self) -> Pair | None:
+        return self._choice.selected
+
+    @property
+    def controlling(self) -> bool:
+        """The role now; a conflict of roles may switch it."""
+        return self._messages.controlling
+
+    @property
+    def tag(self) -> bytes:
+        """How the transaction IDs of all our checks begin."""
+        return self._messages.tag
+
     def draw_tag(self) -> None:
-        """Take another transaction tag; before `start` only."""
-        self.tag = self._entropy(TAG_BYTES)
+        """Take another tag; before `start` only."""
+        self._messages.draw_tag()
 
     def start(self, local: Sequence[Candidate], remote: Sequence[Candidate], now: float) -> list[Output]:
         """Begin checking; candidates may be incomplete, or none yet. Checks that came before are taken up."""
@@ -134,7 +130,6 @@ class PunchAgent:
         for path, nominated in self._early.items():
             self._take_check(path, nominated, now)
         self._early = BoundedTable(1)
-        self._start_next(now)
         return self._finish(now)
 
     def update_local(self, local: Sequence[Candidate], now: float) -> list[Output]:
@@ -149,7 +144,6 @@ class PunchAgent:
             else:
                 pair.apply(PairInput.DOUBT)
                 pair.begin_round(now, self._settings.check_offsets_s)
-        self._start_next(now)
         return self._finish(now)
 
     def update_remote(self, remote: Sequence[Candidate], now: float) -> list[Output]:
@@ -160,11 +154,12 @@ class PunchAgent:
         self._change(self._checks.local, remote, now)
         if self._selected is not None and not self._selected.signalled:
             self._verify(self._selected, now)
-        self._start_next(now)
         return self._finish(now)
 
     def verify(self, now: float) -> list[Output]:
         """The chosen path is in doubt: check it now. PathLost follows within about a second, or nothing."""
+        if self._closed:
+            return []
         if self._selected is not None:
             self._verify(self._selected, now)
         return self._finish(now)
@@ -172,8 +167,7 @@ class PunchAgent:
     def close(self) -> list[Output]:
         """The session is over: nothing is sent or answered any more."""
         self._closed = True
-        self._selected = None
-        self._timers.clear_all()
+        self._choice.drop()
         self._out.clear()
         return []
 
@@ -204,25 +198,19 @@ class PunchAgent:
         """When `tick` wants to be called, in monotonic seconds."""
         if self._closed:
             return None
-        times = [self._timers.next_deadline()]
-        for pair in self._checks.pairs:
-            if pair.state is PairState.WAITING:
-                times.append(self._limits.next_start_at)
-            else:
-                times.append(pair.next_at)
+        times = [self._choice.next_deadline(), self._give_up_at, *(pair.next_at for pair in self._checks.pairs)]
+        if self._checks.within(PairState.WAITING):
+            times.append(self._slot_at)
         return min((at for at in times if at is not None), default=None)
 
     def tick(self, now: float) -> list[Output]:
         """Do what is due."""
         if self._closed:
             return []
-        for timer in self._timers.pop_due(now):
-            if timer is PunchTimer.SETTLE:
-                self._settled = True
-            elif timer is PunchTimer.HOLD:
-                self._held = False
-            else:
-                self._overdue = True
+        self._choice.tick(now)
+        if self._give_up_at is not None and self._give_up_at <= now:
+            self._give_up_at = None
+            self._overdue = True
         for pair in self._checks.pairs:
             if pair.next_at is None or pair.next_at > now:
                 continue
@@ -232,11 +220,13 @@ class PunchAgent:
                 self._continue_probe(pair, now)
             elif pair.state is PairState.FAILED:
                 self._retry(pair)
-        self._start_next(now)
         return self._finish(now)
 
     def _finish(self, now: float) -> list[Output]:
-        self._decide(now)
+        """Every input ends here, with the choices that follow from it."""
+        self._start_next(now)
+        if self.controlling:
+            self._decide(now)
         hopeful = self._selected or self._checks.within(PairState.WAITING, PairState.CHECKING, PairState.VALID)
         if self._overdue and not hopeful:
             self._overdue = False
@@ -248,40 +238,21 @@ class PunchAgent:
     # Requests of the peer
 
     def _handle_request(self, path: Path, message: stun.Message, now: float) -> None:
-        stun.verify(message, self._key_in)
-        attributes = message.attributes
-        if attributes.get("USERNAME") != self.credentials.username_in or not path.remote.port:
+        nominates = self._messages.open_request(message)
+        if not path.remote.port:
             return
-        if "PRIORITY" not in attributes or not self._settle_roles(path, message):
+        seen = message.transaction_id in self._seen
+        if not seen and not self._messages.yields_to(message):
+            self._out.append(Transmit(path, self._messages.conflict(message)))
             return
-        answer = stun.success(message.transaction_id, path.remote)
-        self._out.append(Transmit(path, stun.build(answer, self._key_in)))
-        if message.transaction_id in self._seen:
+        self._out.append(Transmit(path, self._messages.answer(message, path.remote)))
+        if seen:
             return
         self._seen.put(message.transaction_id, None)
-        nominated = "USE-CANDIDATE" in attributes
-        if not self._started:
-            self._early.put(path, nominated or bool(self._early.peek(path)))
-            return
-        self._take_check(path, nominated, now)
-
-    def _settle_roles(self, path: Path, message: stun.Message) -> bool:
-        """RFC 8445 section 7.3.1.1: whether the request may be answered with success."""
-        theirs = message.attributes.get("ICE-CONTROLLING" if self.controlling else "ICE-CONTROLLED")
-        if theirs is None:
-            return True
-        if (self._tie_breaker >= theirs) == self.controlling:
-            conflict = stun.error(message.transaction_id, ROLE_CONFLICT, "Role Conflict")
-            self._out.append(Transmit(path, stun.build(conflict, self._key_in)))
-            return False
-        return self._switch_role()
-
-    def _switch_role(self) -> bool:
-        if self._role_switches >= MAX_ROLE_SWITCHES:
-            return False
-        self._role_switches += 1
-        self.controlling = not self.controlling
-        return True
+        if self._started:
+            self._take_check(path, nominates, now)
+        else:
+            self._early.put(path, nominates or bool(self._early.peek(path)))
 
     def _take_check(self, path: Path, nominated: bool, now: float) -> None:
         """An authenticated check: the peer can send here (RFC 8445 sections 7.3.1.3 to 7.3.1.5)."""
@@ -325,9 +296,10 @@ class PunchAgent:
         check = self._awaited.peek(message.transaction_id)
         if check is None:
             return
-        stun.verify(message, self._key_out)
-        self._awaited.pop(message.transaction_id)
+        self._messages.open_answer(message)
         pair = check.pair
+        if pair.state is not PairState.VALID or _is_symmetric(pair.path, path):
+            self._awaited.pop(message.transaction_id)
         if now - check.sent_at > self._settings.answer_lifetime_s or self._checks.find(pair.path) is not pair:
             return
         if message.message_class is stun.Class.ERROR:
@@ -348,7 +320,7 @@ class PunchAgent:
 
     def _repair_role(self, check: _Check, now: float) -> bool:
         """RFC 8445 section 7.2.5.1: the peer keeps the role that the check claimed."""
-        if check.controlling == self.controlling and not self._switch_role():
+        if check.controlling == self.controlling and not self._messages.switch_role():
             return False
         checking = check.pair.state is PairState.CHECKING
         if checking and self._limits.take_rate(now) and self._take_silent(check.pair, now):
@@ -363,7 +335,7 @@ class PunchAgent:
             return  # It says nothing about the nomination, which is on its way.
         pair.trust()
         pair.next_at = now + self._period(pair)
-        if self.controlling and pair.samples < 2 and self._beats_selected(pair):
+        if self.controlling and pair.samples < 2 and self._choice.is_beaten_by(pair):
             pair.next_at = now + self._settings.second_look_s
 
     def _period(self, pair: Pair) -> float:
@@ -374,9 +346,7 @@ class PunchAgent:
         return self._jittered(self._settings.alternative_s if near else self._settings.spare_s)
 
     def _spares(self) -> list[Pair]:
-        """Working paths that are not chosen, best first."""
-        others = (pair for pair in self._checks.within(PairState.VALID) if pair is not self._selected)
-        return sorted(others, key=lambda pair: pair.score)
+        return self._choice.spares(self._checks.within(PairState.VALID))
 
     def _jittered(self, period_s: float) -> float:
         share = int.from_bytes(self._entropy(2), "big") / 0xFFFF
@@ -403,7 +373,7 @@ class PunchAgent:
     def _attempt(self, now: float) -> None:
         """From now on success is expected within one round."""
         self._overdue = False
-        self._timers.set(PunchTimer.GIVE_UP, now + self._settings.check_offsets_s[-1] + self._settings.answer_wait_s)
+        self._give_up_at = now + self._settings.check_offsets_s[-1] + self._settings.answer_wait_s
 
     def _retry(self, pair: Pair) -> None:
         pair.apply(PairInput.RETRY)
@@ -412,20 +382,24 @@ class PunchAgent:
     def _start_next(self, now: float) -> None:
         """Give the best waiting pair the slot, if there is one."""
         waiting = self._checks.within(PairState.WAITING)
-        if not waiting or not self._limits.take_start(now):
+        if self._slot_at is None and waiting:
+            self._slot_at = self._limits.reserve_start(now)
+        if self._slot_at is None or now < self._slot_at:
             return
-        waiting.sort(key=lambda pair: (-self._checks.pair_priority(pair, self.controlling), pair.path))
-        for pair in waiting:
+        self._slot_at = None
+        for pair in self._by_priority(waiting):
             if not self._limits.take_rate(now):
-                return
+                break
             pair.apply(PairInput.START)
             retry = pair.failures > 0
             pair.begin_round(now, self._settings.retry_offsets_s if retry else self._settings.check_offsets_s)
             if self._take_silent(pair, now):
                 self._send(pair, now)
                 pair.schedule_after_check(now, self._settings)
-                return
+                break
             self._fail(pair, "its address got enough packets without an answer", now)
+        if self._checks.within(PairState.WAITING):
+            self._slot_at = self._limits.reserve_start(now)
 
     def _continue_round(self, pair: Pair, now: float) -> None:
         if pair.round_is_over:
@@ -473,21 +447,13 @@ class PunchAgent:
         return self._limits.take_silent(pair.path.remote, now, permitted=pair.permitted)
 
     def _send(self, pair: Pair, now: float) -> None:
-        """One check (RFC 8445 section 7.2.2)."""
-        transaction = self.tag + self._entropy(stun.TRANSACTION_ID_BYTES - TAG_BYTES)
-        role = "ice_controlling" if self.controlling else "ice_controlled"
+        """One check."""
         nominates = self.controlling and pair is self._selected
-        message = stun.request(
-            transaction,
-            username=self.credentials.username_out,
-            priority=priority_of(CandidateKind.PEER_REFLEXIVE, pair.local),
-            **{role: self._tie_breaker},
-            **({"use_candidate": None} if nominates else {}),
-        )
+        transaction, data = self._messages.check(pair.local, nominates=nominates)
         self._awaited.put(transaction, _Check(pair, now, self.controlling, nominates))
         pair.checks_sent += 1
         pair.last_sent_at = now
-        self._out.append(Transmit(pair.path, stun.build(message, self._key_out)))
+        self._out.append(Transmit(pair.path, data))
 
     # Failure and choice
 
@@ -509,10 +475,7 @@ class PunchAgent:
 
     def _lose(self, pair: Pair, reason: str, now: float) -> None:
         """The chosen path is gone: the others prove that they work, then one of them is chosen."""
-        self._selected = None
-        self._settled = self._held = False
-        self._timers.clear(PunchTimer.SETTLE)
-        self._timers.clear(PunchTimer.HOLD)
+        self._choice.drop()
         self._out.append(PathLost(pair.path, reason))
         for other in self._checks.within(PairState.VALID):
             other.apply(PairInput.DOUBT)
@@ -523,45 +486,25 @@ class PunchAgent:
         self._attempt(now)
 
     def _decide(self, now: float) -> None:
-        """The controlling side chooses (RFC 8445 section 8.1.1): the best path once it settled, a better one later."""
-        valid = self._checks.within(PairState.VALID)
-        if not self.controlling or not valid:
-            return
-        best = min(valid, key=lambda pair: (pair.score, -self._checks.pair_priority(pair, True)))
-        if self._selected is None:
-            if not self._settled and self._checks.within(PairState.WAITING, PairState.CHECKING):
-                if self._timers.at(PunchTimer.SETTLE) is None:
-                    self._timers.set(PunchTimer.SETTLE, now + min(best.rtt_s or 0.0, self._settings.settle_s))
-                return
-            self._nominate(best, now)
-        elif not self._held and best.samples >= 2 and self._beats_selected(best):
-            self._nominate(best, now)
-        elif self._selected.misses >= self._settings.move_misses:
-            doubt_at = self._selected.doubt_at
-            answering = [pair for pair in self._spares() if (pair.last_answer_at or 0.0) > doubt_at]
-            if answering:
-                self._nominate(answering[0], now)
+        """The controlling side nominates; the quick checks of a path in doubt carry the news until one is answered."""
+        valid = self._by_priority(self._checks.within(PairState.VALID))
+        pair = self._choice.next(
+            valid, pending=bool(self._checks.within(PairState.WAITING, PairState.CHECKING)), now=now
+        )
+        if pair is not None:
+            self._select(pair, now)
+            pair.begin_probe(now, self._settings.miss_s, self._settings.quick_tries)
+            self._probe(pair, now)
 
-    def _beats_selected(self, pair: Pair) -> bool:
-        """Whether it is better than the chosen path by enough to move."""
-        if self._selected is None or pair is self._selected:
-            return False
-        score = self._selected.score
-        return pair.score < score - max(self._settings.gain_s, self._settings.gain * score)
-
-    def _nominate(self, pair: Pair, now: float) -> None:
-        self._select(pair, now)
-        pair.begin_probe(now, self._settings.miss_s, self._settings.quick_tries)
-        self._probe(pair, now)
+    def _by_priority(self, pairs: list[Pair]) -> list[Pair]:
+        return sorted(pairs, key=lambda pair: (-self._checks.pair_priority(pair, self.controlling), pair.path))
 
     def _select(self, pair: Pair, now: float) -> None:
         if pair is self._selected:
             return
-        self._selected = pair
-        self._overdue = self._settled = False
-        self._held = True
-        self._timers.clear_all()
-        self._timers.set(PunchTimer.HOLD, now + self._settings.hold_s)
+        self._choice.take(pair, now)
+        self._give_up_at = None
+        self._overdue = False
         if not pair.quick_s:
             pair.next_at = now + self._jittered(self._settings.consent_s)
         priority = self._checks.pair_priority(pair, self.controlling)

@@ -85,17 +85,14 @@ class PunchLimits:
     def _is_ours(self, address: IpAddress) -> bool:
         return any(address in net for net in self._own_subnets)
 
-    @property
-    def next_start_at(self) -> float:
-        """When a new check may start, in monotonic seconds."""
-        return self._next_start_at
+    def reserve_start(self, now: float) -> float:
+        """The caller's slot for one new check: slots are Ta apart and given in the order in which they are asked for.
 
-    def take_start(self, now: float) -> bool:
-        """Whether a new check may start now (Ta); it is counted as started then."""
-        if now < self._next_start_at:
-            return False
-        self._next_start_at = now + TA_S
-        return True
+        Who waits holds one slot, so sessions take turns and none is woken for another one's.
+        """
+        at = max(now, self._next_start_at)
+        self._next_start_at = at + TA_S
+        return at
 
     def take_rate(self, now: float) -> bool:
         """Whether a packet to an address that did not answer yet fits the rate."""

@@ -13,7 +13,8 @@ from p2pvpn.core.datagram import Kind, classify
 from p2pvpn.core.errors import LocalError, WireError
 from p2pvpn.core.output import Output
 
-from .agent import TAG_BYTES, PunchAgent
+from .agent import PunchAgent
+from .messages import TAG_BYTES
 
 MAX_AGENTS = 65536
 """Sessions of a machine."""
