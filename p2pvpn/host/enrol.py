@@ -170,6 +170,11 @@ class EnrolmentServer:
         assert self._server is not None
         return int(self._server.sockets[0].getsockname()[1])
 
+    @property
+    def connections(self) -> int:
+        """How many are under way."""
+        return len(self._tasks)
+
     async def listen(self, host: str | None, port: int) -> None:
         """Raises LocalError when the port cannot be had."""
         try:

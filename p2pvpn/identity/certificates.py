@@ -230,6 +230,9 @@ def issue_root(key: PeerKey, network: NetworkId, name: str, sequence: int, *, wa
     builder = _builder(subject, subject, key.public_key, issuer_key_id=key.peer_id, wall=wall, end=None, serial=serial)
     builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=1), critical=True)
     builder = builder.add_extension(_usage(ca=True), critical=True)
+    # RFC 3779 section 2.3: what a certificate holds, each above it has to hold, the anchor too.
+    everything = ip_blocks.encode([Selector.of_network("0.0.0.0/0"), Selector.of_network("::/0")])
+    builder = builder.add_extension(x509.UnrecognizedExtension(ip_blocks.OID, everything), critical=False)
     return sign_certificate(key.private, builder)
 
 
