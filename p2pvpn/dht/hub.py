@@ -42,6 +42,8 @@ WRITE_BEHIND_S = 1.0
 """What a crash may lose; the neighbours have it."""
 STORE_RATE, STORE_BURST = 5.0, 60.0
 """Stores per second from one peer: a gateway publishes all its prefixes at once, then rests."""
+CRAWL_RATE, CRAWL_BURST = 10.0, 60.0
+"""Per second and peer: look-ups for what is not here, each of which asks every other hub."""
 MAX_FORWARDS = 2048
 """Records on their way to other hubs; beyond that, digests do it."""
 MISS_S = 1.0
@@ -85,6 +87,7 @@ class HubNode:
         self._overlay = Overlay(rpc, me, policy.network, store, wall)
         self._puller = sync.Puller(rpc, store, wall, self._accept, self._overlay.is_mine)
         self._stores: SourceLimiter[IPv6Address] = SourceLimiter(STORE_RATE, STORE_BURST, SOURCES)
+        self._crawlers: SourceLimiter[IPv6Address] = SourceLimiter(CRAWL_RATE, CRAWL_BURST, SOURCES)
         self._misses: BoundedTable[bytes, float] = BoundedTable(MAX_MISSES)
         self._crawls: dict[bytes, asyncio.Task[bool]] = {}
         self._neighbours: dict[IPv6Address, _Neighbour] = {}
@@ -167,6 +170,8 @@ class HubNode:
             return Found(found.records, found.next, nearer).value
         if wanted.after or any(row.sequence >= wanted.at_least for row in rows):
             return self._shown(sender, wanted, rows).value
+        if not self._crawlers.take(sender, asyncio.get_running_loop().time()):
+            raise RpcRefusedError(Code.BUSY, "too many look-ups for what is not here")
         return self._find_elsewhere(sender, wanted)
 
     def _on_sync(self, sender: IPv6Address, args: object) -> object:

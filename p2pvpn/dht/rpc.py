@@ -309,6 +309,7 @@ class RpcNode:
         trip.silent = False
         if isinstance(answer, Result) and answer.attempt < len(pending.sent_at):
             elapsed_s = asyncio.get_running_loop().time() - pending.sent_at[answer.attempt]
+            # The other side says how long it held the request; a sixteenth of the time bounds what a false word does.
             trip.sample(max(elapsed_s - answer.held_ms / 1000, elapsed_s / 16))
         pending.answer.set_result(answer)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv6Address
@@ -173,6 +174,17 @@ class _Transport(asyncio.DatagramTransport):
         return self._closed
 
 
+class _Failures(logging.Handler):
+    """What failed where nobody was waiting."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.seen: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.seen.append(f"{record.getMessage()}: {record.exc_info[1] if record.exc_info else ''}")
+
+
 class World:
     """Hubs and peers on virtual time."""
 
@@ -187,10 +199,16 @@ class World:
         self._rpcs = 0
 
     def run(self, story: Any, limit_s: float = 3600.0) -> Any:
+        failures = _Failures()
+        logger = logging.getLogger("p2pvpn.dht.background")
+        logger.addHandler(failures)
         try:
-            return self.loop.run(story, limit_s)
+            result = self.loop.run(story, limit_s)
         finally:
             self.loop.close()
+            logger.removeHandler(failures)
+        assert failures.seen == []
+        return result
 
     @property
     def now(self) -> float:
