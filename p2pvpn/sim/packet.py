@@ -213,7 +213,16 @@ class Reassembler:
         if packet[0] >> 4 == 6:
             return packet[:4] + len(payload).to_bytes(2, "big") + packet[40:41] + packet[7:40] + payload
         size = 20 + len(payload)
-        header = b"\x45" + packet[1:2] + size.to_bytes(2, "big") + bytes(4) + packet[8:10] + b"\0\0" + packet[12:20]
+        header = (
+            b"\x45"
+            + packet[1:2]
+            + size.to_bytes(2, "big")
+            + packet[4:6]
+            + b"\0\0"
+            + packet[8:10]
+            + b"\0\0"
+            + packet[12:20]
+        )
         return header[:10] + checksum(header).to_bytes(2, "big") + header[12:] + payload
 
 
