@@ -9,7 +9,7 @@ The kernel then does the matching: a flow receives only what its source sent, an
     A's Binding requests, and everything while b has no flow --> the daemon, rate-limited
 
 Control is a SOCK_SEQPACKET socket to the daemon, one message per packet (layouts below). When the daemon closes it or
-dies, the process ends. A plain epoll loop; imports stay few, since a hub may run one per network.
+dies, the process ends. A plain epoll loop; imports stay few, so that it starts quickly and stays small.
 """
 
 from __future__ import annotations

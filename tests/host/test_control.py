@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from p2pvpn.core.errors import LocalError, RemoteError
@@ -155,6 +155,7 @@ def test_bad_lines_are_answered_with_errors_and_the_connection_lives(path):
     assert last == {"id": "s", "result": 5}
 
 
+@settings(deadline=None)
 @given(
     st.binary(max_size=200)
     | st.recursive(
@@ -274,7 +275,7 @@ def test_another_user_is_turned_away():
         code = (
             "import os, socket, sys\nos.setgid(65534); os.setuid(65534)\n"
             "s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1])\n"
-            's.sendall(b\'{"id":1,"method":"add","params":{"a":1,"b":1}}\\n\')\nprint(s.recv(1000).decode())'
+            "print(s.recv(1000).decode())"
         )
         process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, path, stdout=subprocess.PIPE)
         out, _ = await process.communicate()

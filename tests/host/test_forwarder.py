@@ -21,6 +21,7 @@ from p2pvpn.core.ids import PeerId
 from p2pvpn.core.output import Transmit
 from p2pvpn.core.secret import Secret
 from p2pvpn.host.forwarder import UserForwarder
+from p2pvpn.lab.namespace import is_inside
 from p2pvpn.relay.binding import build_request
 from p2pvpn.relay.client import RelayClient, RelayReady
 from p2pvpn.relay.limits import RelayLimits
@@ -30,6 +31,13 @@ from p2pvpn.relay.wire import RelayTicket, transaction_id
 V4, V6 = "127.0.0.1", "::1"
 UDP_SEGMENT = 103
 BIND_REQUEST = build_request(RelayTicket(1, "somebody.a", Secret(bytes(32)), 60), transaction_id(1, b"abcd"), b"")
+
+
+@pytest.fixture(autouse=True)
+def _loopback():
+    """A laboratory starts without one."""
+    if is_inside():
+        subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
 
 
 class Source:
@@ -460,5 +468,55 @@ def test_relay_server_clients_and_forwarder_together(host_a, host_b):
         ready = await bind(source, ticket)
         del source.data
         return early, ready
+
+    asyncio.run(story())
+
+
+@pytest.mark.netns
+@pytest.mark.parametrize(("host_a", "host_b"), [(V4, "10.5.0.2"), (V6, "fd00:5::2")])
+def test_a_train_longer_than_the_way_onward_allows_arrives_in_fragments(lab, host_a, host_b):
+    hub, node_b = lab.node("hub"), lab.node("b")
+    lab.link(hub, "eth0", node_b, "eth0")
+    for node, number in ((hub, 1), (node_b, 2)):
+        node.ip(f"addr add 10.5.0.{number}/24 dev eth0\naddr add fd00:5::{number}/64 dev eth0 nodad")
+        node.ip("link set eth0 mtu 1300")
+
+    async def story():
+        it = Relay()
+        with hub.inside():
+            await it.forwarder.start()
+            a = Source(host_a)
+        with node_b.inside():
+            b = Source(host_b)
+        try:
+            with a, b:
+                port_a, _ = await it.pair_of(a, b)
+                cars = [bytes([0xC0, number]) + os.urandom(1398) for number in range(20)]
+                segment = [(socket.SOL_UDP, UDP_SEGMENT, struct.pack("=H", 1400))]
+                a.sock.sendmsg(cars, segment, 0, (host_a, port_a))
+                assert sorted([await b.data() for _ in cars]) == sorted(cars)
+        finally:
+            await it.forwarder.close()
+
+    asyncio.run(story())
+
+
+@pytest.mark.netns
+def test_a_machine_without_ipv6_relays_ipv4(lab):
+    hub = lab.node("hub")
+    hub.sysctl({"net/ipv6/conf/all/disable_ipv6": "1"})
+
+    async def story():
+        it = Relay()
+        with hub.inside():
+            await it.forwarder.start()
+            a, b = Source(), Source()
+        try:
+            with a, b:
+                port_a, port_b = await it.pair_of(a, b)
+                a.send(port_a, b"data")
+                assert await b.receive() == (b"data", Endpoint(V4, port_b))
+        finally:
+            await it.forwarder.close()
 
     asyncio.run(story())

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from p2pvpn.core.errors import LocalError
@@ -61,6 +61,7 @@ def test_a_name_cannot_leave_the_directory(tmp_path, name):
             use(name)
 
 
+@settings(deadline=None)
 @given(data=st.binary(max_size=5000))
 def test_any_content_survives(tmp_path_factory, data):
     store = DirectoryStore(tmp_path_factory.getbasetemp() / "any")

@@ -29,8 +29,9 @@ class Toy:
         os.mkfifo(self.fifo)
         self.reader = os.open(self.fifo, os.O_RDWR)
 
-    def start(self, then: str, patience: Patience = QUICK) -> int:
-        return supervise.supervise(["/bin/sh", "-c", f"echo $$ >{self.fifo}; {then}"], self.runtime, self.log, patience)
+    def start(self, then: str, *, first: str = ":") -> int:
+        script = f"{first}; echo $$ >{self.fifo}; {then}"
+        return supervise.supervise(["/bin/sh", "-c", script], self.runtime, self.log, QUICK)
 
     def pid(self) -> int:
         """Wait for the next start of the command."""
@@ -95,7 +96,7 @@ def test_a_command_that_succeeds_ends_the_supervisor(toy):
 
 
 def test_a_command_that_ignores_the_request_is_killed(toy):
-    toy.start("trap '' TERM; while :; do sleep 1000; done")
+    toy.start("while :; do sleep 1000; done", first="trap '' TERM")
     command = toy.pid()
     assert supervise.stop(toy.runtime)
     assert start_time(command) is None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from p2pvpn.core import stun
@@ -224,6 +224,7 @@ def test_clients_are_told_apart_by_relay_and_other_stun_is_left_alone():
     assert len(clients) == 1
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=120))
 def test_nothing_that_a_relay_sends_raises(tail):
     hub = Hub()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from p2pvpn.core import stun
@@ -32,12 +32,14 @@ def test_a_ticket_has_the_layout_that_is_documented():
     assert TICKET.encode().hex() == expected
 
 
+@settings(deadline=None)
 @given(tickets)
 def test_a_ticket_survives_the_wire(ticket):
     assert RelayTicket.decode_untrusted(ticket.encode()) == ticket
     assert len(ticket.encode()) <= MAX_TICKET_BYTES
 
 
+@settings(deadline=None)
 @given(
     st.binary(max_size=200)
     | tickets.map(RelayTicket.encode).flatmap(lambda good: st.binary(max_size=9).map(good.__add__))
@@ -61,6 +63,7 @@ def test_a_ticket_does_not_show_its_key():
     assert bytes(range(32)).hex() not in repr(TICKET)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**32 - 1), st.binary(min_size=4, max_size=4))
 def test_the_counter_survives_in_the_transaction_id(counter, random):
     assert counter_of(transaction_id(counter, random)) == counter
@@ -83,6 +86,7 @@ def flipped(data: bytes, index: int, bit: int) -> bytes:
     return bytes(out)
 
 
+@settings(deadline=None)
 @given(
     st.binary(max_size=300)
     | st.builds(
