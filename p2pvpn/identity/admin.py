@@ -212,7 +212,6 @@ class AdminNetwork:
         certificate = None
         if issuing is not None:
             certificate = self._issue_issuer(issuing, name, require_name(issuer_group, "group"), share, wall)
-        self._ledger[peer] = Entry(peer, name, serial, share, ipv4, leaf, certificate)
         cut_offs = dict(self.document.cut_offs)
         issuers = self.document.issuers
         if certificate is not None:
@@ -236,6 +235,7 @@ class AdminNetwork:
                 [*self.document.prefix_lengths, *((n.version, n.prefixlen) for n in networks)]
             ),
         )
+        self._ledger[peer] = Entry(peer, name, serial, share, ipv4, leaf, certificate)
         return self._grant(self._ledger[peer])
 
     def regrant(self, who: PeerId | str) -> Grant:
@@ -249,7 +249,7 @@ class AdminNetwork:
         Raises LocalError for a name that was not granted.
         """
         peer = who if isinstance(who, PeerId) else _peer_id(who) or self._find(who).peer_id
-        entry = self._ledger.pop(peer, None)
+        entry = self._ledger.get(peer)
         cut_offs = dict(self.document.cut_offs)
         if entry is not None and entry.issuer_certificate is not None:
             key_id = parse_untrusted(entry.issuer_certificate).key_id
@@ -260,6 +260,7 @@ class AdminNetwork:
             revoked_peers=self.document.revoked_peers | {peer},
             cut_offs=tuple(sorted(cut_offs.items())),
         )
+        self._ledger.pop(peer, None)
         return peer
 
     def set_topology(self, topology: Topology, pairs: Iterable[tuple[str, str]] = (), *, wall: float) -> None:

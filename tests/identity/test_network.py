@@ -291,11 +291,13 @@ def test_what_an_admin_cannot_grant(world: World) -> None:
         ("not a prefix", {"name": "x", "prefixes": ["192.168.7.1/24"]}),
         ("cannot be a group", {"name": "x", "groups": ["A B"]}),
         ("not an address", {"name": "x", "hub": "a b"}),
+        ("cannot be signed", {"name": "x", "hub": ",".join(f"192.0.2.{n}" for n in range(9))}),
     ):
         before = admin.document
         with pytest.raises(LocalError, match=match):
             admin.grant(request, wall=WALL, **kwargs)
         assert admin.document == before
+        assert request.peer_id not in {entry.peer_id for entry in admin.ledger}
     with pytest.raises(LocalError, match="no issuing key"):
         admin.grant(replace(request, issuing_key=None), name="x", hub="192.0.2.9", issuer=True, wall=WALL)
     admin.revoke("office", wall=WALL)

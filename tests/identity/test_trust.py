@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
 
@@ -402,6 +403,11 @@ def test_chains_of_no_or_many_certificates_are_refused(world: World, laptop: Joi
     for chain in ((), (*laptop.chain, *laptop.chain, *laptop.chain)):
         with pytest.raises(TrustError, match="chain of"):
             world.trust.verify_chain(chain, WALL)
+
+
+def test_the_membership_extension_is_where_its_uuid_says() -> None:
+    arc = uuid.uuid5(uuid.NAMESPACE_DNS, "membership.p2pvpn.org")
+    assert MEMBERSHIP_OID.dotted_string == f"2.25.{arc.int}"
 
 
 def test_a_huge_certificate_is_not_parsed(world: World) -> None:
