@@ -72,11 +72,10 @@ def supervise(command: Sequence[str], runtime_dir: Path, log_path: Path, patienc
         raise LocalError(f"cannot start the supervisor: {problem}") from problem
     if done.returncode == _ALREADY_RUNS:
         raise LocalError("the p2pvpn daemon runs already", hint="p2pvpn status, or p2pvpn down")
-    found = _find(pid_file)
-    if done.returncode or found is None:
+    if done.returncode:
         said = done.stderr.strip().rpartition("\n")[2]
-        raise LocalError(f"the supervisor did not start: {said or 'it ended at once'}", hint=f"see {log_path}")
-    return found.pid
+        raise LocalError(f"the supervisor did not start: {said or f'code {done.returncode}'}")
+    return int(done.stdout)
 
 
 def running(runtime_dir: Path) -> int | None:

@@ -188,11 +188,15 @@ class Supervisor:
 
 
 def _detach(pid_file: int) -> None:
-    """Leave the terminal and our parent, which goes on only when the pid file is written."""
+    """Leave the terminal and our parent, which tells our pid when the pid file is written."""
     ready_read, ready_write = os.pipe()
-    if os.fork():
+    pid = os.fork()
+    if pid:
         os.close(ready_write)
-        os._exit(0 if os.read(ready_read, 1) else 1)
+        if not os.read(ready_read, 1):
+            os._exit(1)
+        os.write(1, str(pid).encode())
+        os._exit(0)
     os.chdir("/")
     os.umask(0o022)
     null = os.open(os.devnull, os.O_RDWR)
@@ -206,7 +210,7 @@ def _detach(pid_file: int) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0 in the parent means that the supervisor runs; 3 that another one does."""
+    """Exit code 0 in the parent means that the supervisor was started; 3 that another one does."""
     default = Patience()
     parser = argparse.ArgumentParser(prog="p2pvpn.host.supervisor")
     parser.add_argument("--first-backoff", type=float, default=default.first_backoff_s)
