@@ -1,0 +1,116 @@
+"""How two peers come together, for each pair of NATs, and what the first packet experiences."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from p2pvpn.mesh.events import Called, PeerConnected
+from p2pvpn.sim.application import Pinger
+from p2pvpn.sim.oracle import Verdict
+
+from .life import Life
+
+NATS = ("none", "full-cone", "restricted", "port-restricted", "symmetric")
+PAIRS = [(a, b) for a in NATS for b in NATS]
+
+
+@pytest.mark.parametrize(("nat_a", "nat_b"), PAIRS)
+def test_any_pair_of_nats_connects_and_goes_direct_where_the_oracle_says_so(nat_a: str, nat_b: str) -> None:
+    life = Life(11, nat_a, nat_b)
+
+    async def story() -> None:
+        report = await life.ping(life.a, life.b, count=40)
+        assert report.lost == []
+        expected = "direct" if life.world.verdict(life.a, life.b) is Verdict.DIRECT else "relayed"
+        assert life.path(life.a, life.b) == expected
+        assert life.path(life.b, life.a) == expected
+
+    life.run(story())
+
+
+def test_the_first_packet_waits_five_round_trips_over_the_relay() -> None:
+    life = Life(1)
+
+    async def story() -> None:
+        report = await life.ping(life.a, life.b, count=1)
+        relayed_round_trip_s = 0.081
+        assert report.first_answer_s is not None
+        assert report.first_answer_s < 5 * relayed_round_trip_s
+
+    life.run(story())
+
+
+def test_both_ends_starting_at_once_make_one_connection_and_lose_nothing() -> None:
+    for seed in range(5):
+        life = Life(seed)
+
+        async def story(life: Life = life) -> None:
+            there = Pinger(life.a.host, life.b.overlay, count=100, interval_s=0.01)
+            back = Pinger(life.b.host, life.a.overlay, count=100, interval_s=0.01)
+            assert (await there.done()).lost == []
+            assert (await back.done()).lost == []
+            await asyncio.sleep(10)
+            assert len(life.network(life.a).sessions[life.b.overlay].sa_ids) == 1
+            assert len(life.network(life.b).sessions[life.a.overlay].sa_ids) == 1
+
+        life.run(story())
+
+
+def test_peers_with_public_addresses_are_dialled_without_a_call() -> None:
+    life = Life(3, "none", "none")
+
+    async def story() -> None:
+        assert (await life.ping(life.a, life.b)).lost == []
+        assert life.heard(life.b, Called) == []
+        assert [event.path for event in life.heard(life.a, PeerConnected) if event.peer == "b"] == ["direct"]
+
+    life.run(story())
+
+
+def test_an_ipv4_overlay_address_leads_to_the_peer_too() -> None:
+    life = Life(5)
+
+    async def story() -> None:
+        ipv4 = life.b.profile.member.ipv4
+        assert ipv4 is not None
+        report = await Pinger(life.a.host, ipv4, count=20, interval_s=0.05).done()
+        assert report.answered >= 18  # what comes during the look-up of the address is left to retransmission
+
+    life.run(story())
+
+
+def test_a_name_leads_to_the_peer() -> None:
+    life = Life(6)
+
+    async def story() -> None:
+        assert await life.network(life.a).directory.resolve("b") == life.b.overlay
+
+    life.run(story())
+
+
+def test_an_idle_peer_is_taken_down_and_comes_back_with_the_next_packet() -> None:
+    life = Life(7)
+
+    async def story() -> None:
+        await life.ping(life.a, life.b)
+        await asyncio.sleep(400)
+        assert life.path(life.a, life.b) is None
+        assert life.path(life.b, life.a) is None
+        assert (await life.ping(life.a, life.b)).lost == []
+
+    life.run(story())
+
+
+def test_the_same_seed_gives_the_same_trace() -> None:
+    def trace() -> str:
+        life = Life(21)
+
+        async def story() -> None:
+            await life.ping(life.a, life.b)
+
+        life.run(story())
+        return life.world.trace.digest()
+
+    assert trace() == trace()
