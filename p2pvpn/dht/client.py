@@ -5,8 +5,8 @@ come later are compared: a higher sequence replaces what was returned (`on_newer
 are asked for that sequence, upon which they fetch it from the others (only hubs and the subject itself may store).
 `Not found` is believed when every hub that is not known to be silent said so, or one did and the others had time.
 
-The highest sequence seen of each subject under a key is remembered until that record expires: older ones are refused,
-so that no hub can roll a peer back.
+The newest record seen of each subject under a key is remembered until it expires: older ones are refused, so that no
+hub can roll a peer back, and it is still the answer when the hubs have lost it or withhold it.
 """
 
 from __future__ import annotations

@@ -161,7 +161,7 @@ class RecordStore:
         self._forget(slots)
         return len(slots)
 
-    def load(self, accept: Callable[[Row], None]) -> Iterator[None]:
+    def load(self, accept: Callable[[Row], object]) -> Iterator[None]:
         """Offer the backend's rows to `accept`, which puts them back if they still hold; one row a step."""
         for row in self._backend.load() if self._backend is not None else ():
             accept(row)

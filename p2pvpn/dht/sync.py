@@ -6,12 +6,14 @@
     dht.fetch   [slot]                    -> [record] or []
 
 Each side pulls for itself, so that neither can push anything at the other, and what is fetched passes the same check
-as every store. A pull is bounded in requests and in time; one that was cut short or met loss says so, and is repeated.
+as every store. A pull is bounded in requests and in time; one that was cut short or met loss says so, and is repeated
+soon. One that meets an answer out of bounds ends there.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv6Address
@@ -35,9 +37,12 @@ WIDTH = 48
 MAX_COMPARISONS = 20_000
 """In one pull: every node of the tree, and the pages of 200,000 records."""
 PULL_S = 120.0
+REFUSED_S = 120.0
+"""Before a record that was refused is fetched again: a new document or a corrected clock may have changed our mind."""
 MAX_REFUSED = 10_000
-"""Remembered (hub, slot, sequence) that we do not want: they are not fetched again."""
+"""Refused records that are remembered, by hub: what one hub makes up does not hide what another has."""
 
+_log = logging.getLogger(__name__)
 _SAME, _CHILDREN, _LEAF = 0, 1, 2
 
 
@@ -86,7 +91,7 @@ class Puller:
         self._accept = accept
         self._is_mine = is_mine
         self._fetching: set[bytes] = set()
-        self._refused: BoundedTable[tuple[IPv6Address, bytes], int] = BoundedTable(MAX_REFUSED)
+        self._refused: BoundedTable[tuple[IPv6Address, bytes], tuple[int, float]] = BoundedTable(MAX_REFUSED)
 
     async def pull(self, hub: IPv6Address) -> Pulled:
         """Fetch what `hub` has and we lack."""
@@ -96,6 +101,8 @@ class Puller:
                 await self._pull(hub, pulled)
         except (TimeoutError, RpcTimeoutError):
             pulled.complete = False
+        except WireError as problem:
+            _log.warning("hub %s answers what it should not: %s", hub, problem)
         return pulled
 
     async def _pull(self, hub: IPv6Address, pulled: Pulled) -> None:
@@ -106,10 +113,10 @@ class Puller:
             batch, todo = todo[:WIDTH], todo[WIDTH:]
             wanted: list[tuple[bytes, int]] = []
             for place, answer in zip(batch, await self._ask_all(hub, "dht.sync", self._questions(batch)), strict=True):
-                try:
-                    todo += self._read_untrusted(hub, place, answer, wanted)
-                except WireError:
+                if answer is None:
                     pulled.complete = False
+                else:
+                    todo += self._read_untrusted(hub, place, answer, wanted)
             for start in range(0, len(wanted), WIDTH):
                 await self._fetch(hub, wanted[start : start + WIDTH], pulled)
         pulled.complete = False
@@ -152,7 +159,7 @@ class Puller:
         if own is not None and own.sequence >= sequence:
             return False
         refused = self._refused.peek((hub, slot))
-        if refused is not None and refused >= sequence:
+        if refused is not None and refused[0] >= sequence and asyncio.get_running_loop().time() < refused[1]:
             return False
         return slot not in self._fetching and self._is_mine(slot[:KEY_BYTES])
 
@@ -171,7 +178,7 @@ class Puller:
                 self._accept(raw, slot[:KEY_BYTES])
                 pulled.records += 1
             except (WireError, RecordRefused):
-                self._refused.put((hub, slot), sequence)
+                self._refused.put((hub, slot), (sequence, asyncio.get_running_loop().time() + REFUSED_S))
 
     async def _ask_all(self, hub: IPv6Address, method: str, questions: Sequence[list[object]]) -> list[Any]:
         """The answers in order, None for those that failed. Raises RpcTimeoutError when nobody answers at all."""

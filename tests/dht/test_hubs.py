@@ -520,6 +520,58 @@ async def with_liar(world: World, honest: int = 1) -> tuple[list[Hub], Liar, Dht
     return hubs, liar, asker, newer
 
 
+def test_a_hub_verifies_what_another_hub_hands_it() -> None:
+    world = World()
+
+    async def story() -> None:
+        hubs = await world.add_hubs(2)
+        who, mallory = world.registry.join("laptop"), world.registry.join("mallory")
+        forged = mallory.impersonating(who).record(world.wall())
+        with pytest.raises(RpcRefusedError) as refused:
+            await hubs[1].rpc.request(hubs[0].who.overlay, "dht.store", [who.key, forged, 0])
+        assert refused.value.code == Code.APPLICATION + Reason.SIGNATURE
+        assert hubs[0].node.refusals[Reason.SIGNATURE] == 1
+
+    world.run(story())
+
+
+@pytest.mark.parametrize(
+    "listing",
+    [
+        None,
+        [0],
+        [1, []],
+        [1, [b"x" * 12] * 16],
+        [2, [], True],
+        [2, [[b"\xff" * 40, 2**62]], True],
+        [2, [[bytes(40), 2**62], [bytes(40), 2**62]], False],
+        [2, [[bytes(39), 1]], False],
+        [2, [["text", 1]], False],
+        [9, [], False],
+    ],
+)
+def test_a_neighbour_that_lies_about_what_it_has_is_outlived(listing: Any) -> None:
+    world = World()
+
+    async def story() -> None:
+        hubs = await world.add_hubs(3)
+        liar = hubs[2]
+        who, forger = world.registry.join("laptop"), world.registry.join("mallory")
+        forged = forger.impersonating(who).record(world.wall())
+        for method, answer in (("dht.sync", listing), ("dht.fetch", [forged]), ("dht.find", [[forged], b"", []])):
+            liar.rpc.unregister(method)
+            liar.rpc.register(method, lambda sender, args, answer=answer: answer, repeatable=True)
+        hubs[1].node._accept(who.record(world.wall()), who.key)
+        hubs[0].node.nudge(liar.who.overlay)
+        before = liar.rpc.counters.answered
+        await asyncio.sleep(hub_module.SYNC_S * 1.3)
+        assert hubs[0].has(who)
+        assert len(hubs[0].node.store) == 1
+        assert liar.rpc.counters.answered - before < 2000
+
+    world.run(story())
+
+
 def test_a_lying_hub_is_not_believed_and_costs_nothing() -> None:
     world = World()
 

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from p2pvpn.dht.records import Kind
-from p2pvpn.dht.storage import Row
+from p2pvpn.core.ids import NetworkId, PeerId
+from p2pvpn.dht import records
+from p2pvpn.dht.records import Kind, LocatorBody
+from p2pvpn.dht.storage import RecordStore, Row
 from p2pvpn.host.records_db import RecordsDb
 
 
@@ -41,6 +43,27 @@ def test_rows_come_back_as_they_were_replaced_and_deleted(path: Path) -> None:
     database.write([row(2, sequence=9, raw=b"newer")], [row(3).slot, row(77).slot])
     database.close()
     assert contents(path) == {row(1).slot: row(1), row(2).slot: row(2, sequence=9, raw=b"newer")}
+
+
+def test_a_store_finds_its_records_again(path: Path) -> None:
+    raw = records.build(
+        NetworkId(bytes(32)),
+        PeerId(bytes(20)),
+        LocatorBody((), ()),
+        sequence=1,
+        expires=600,
+        sign=lambda data: b"signed",
+        certificate=b"leaf",
+    )
+    record = records.parse_untrusted(raw)
+    store = RecordStore(RecordsDb(path))
+    store.put(record, records.key_of(record), 0)
+    store.close()
+    again = RecordStore(RecordsDb(path))
+    for _ in again.load(lambda row: again.put(records.parse_untrusted(row.raw), row.key, 0)):
+        pass
+    assert [found.raw for found in again.find(records.key_of(record), 0)] == [raw]
+    again.close()
 
 
 def test_what_is_written_after_the_close_is_ignored(path: Path) -> None:
