@@ -205,7 +205,7 @@ class Demo:
         story.fact(f"each is attached to {wanted} hubs at least")
 
     def meet(self) -> str:
-        """The first ping, relayed, and the way from there to the direct path; the hub that relayed at first."""
+        """The first ping, relayed, and the way from there to the direct path; the hub that relayed at first, if one did."""
         stage, story, figures, wire = self.stage, self.story, self.figures, self.wire
         story.chapter("The first ping ever between them")
         traffic = self._traffic(answer=True)
@@ -235,7 +235,7 @@ class Demo:
         )
         self._check_no_earlier_contact(began, figures.path_at_first_ping)
         self._count_upgrade(flows, began, direct=direct)
-        return hub or stage.hubs[0].name
+        return hub
 
     def _check_no_earlier_contact(self, began: float, way: str) -> None:
         stage = self.stage
@@ -298,11 +298,12 @@ class Demo:
         if relayed < RELAYED_TO_DIRECT * straight:
             raise Seen(f"relayed at least {RELAYED_TO_DIRECT:g} times direct", f"{relayed} ms and {straight} ms")
 
-    def kill_hub(self, name: str) -> None:
+    def kill_hub(self, met: str) -> None:
         """SIGKILL to every process of the hub in use, under traffic; then a connection from nothing."""
         stage, story, figures = self.stage, self.story, self.figures
+        name = met or stage.hubs[0].name
         hub = next(hub for hub in stage.hubs if hub.name == name)
-        story.chapter(f"{name}, the hub they met by, is killed")
+        story.chapter(f"{name}, {'the hub they met by' if met else 'a hub'}, is killed")
         traffic = self._traffic()
         traffic.go()
         time.sleep(1.0)
@@ -311,23 +312,39 @@ class Demo:
             raise Seen(f"a daemon on {name} to kill", "no process there", (hub,))
         with story.working("traffic goes on, or not"):
             time.sleep(AFTER_KILL_S)
-        lost = sum(len(flow.lost()) for flow in traffic.stop())
+            if figures.path == "relayed":
+                stage.wait(
+                    "another hub to carry the traffic", self._answers, FALL_BACK_S, self._paths, stage.a, stage.b
+                )
+        flows = traffic.stop()
+        lost = sum(len(flow.lost()) for flow in flows)
         figures.hub_killed["lost"] = lost
         if figures.path == "direct" and lost:
             raise Seen("0 packets lost on the direct path", f"{lost} lost", (stage.a, stage.b))
         story.fact(f"{lost} packets lost on the {figures.path} path")
+        if lost:
+            story.note(f"the traffic stood still for {max(flow.longest_gap_s() for flow in flows):.1f} s")
+        self._connect_anew()
+
+    def _connect_anew(self) -> None:
+        """Both drop the SA and every cache; the next packet has to come through on SAs that were never used before."""
+        stage, story, figures, wire = self.stage, self.story, self.figures, self.wire
+        wire.update()
+        used = {packet.spi for packet in wire.carrying(self.mark)}
         for node, other in ((stage.a, "b"), (stage.b, "a")):
             story.command(str(node), f"p2pvpn forget {other}")
             stage.cli(node, "forget", other)
-        gone = [str(node) for node, other in ((stage.a, "b"), (stage.b, "a")) if stage.path(node, other) != "none"]
-        if gone:
-            raise Seen("no connection after `p2pvpn forget`", f"{' and '.join(gone)} still has one", (stage.a, stage.b))
+        pattern = self.mark + os.urandom(8)
         with story.working("a new connection, from nothing"):
-            times = stage.a.ping(self.overlay["b"], wait_s=FIRST_PING_S, pattern=self.mark)
-        figures.hub_killed["new_connection_ok"] = bool(times)
+            times = stage.a.ping(self.overlay["b"], wait_s=FIRST_PING_S, pattern=pattern)
+        wire.update()
+        spis = {packet.spi for packet in wire.carrying(pattern)}
+        figures.hub_killed["new_connection_ok"] = bool(times) and not spis & used
         if not times:
-            raise Seen("a new connection through the other hubs", "no answer", (stage.a, stage.b))
-        story.fact(f"a new connection through the other hubs: answered after {times[0]:.0f} ms")
+            raise Seen("a new connection through the other hubs", "no answer to a ping", (stage.a, stage.b))
+        if spis & used:
+            raise Seen("new SAs after `p2pvpn forget`", "the ping went over the old ones", (stage.a, stage.b))
+        story.fact(f"a new connection through the other hubs: answered after {times[0]:.0f} ms, on new SAs")
 
     def turn_hostile(self) -> None:
         """Both routers become symmetric and forget every flow; the relay has to carry the traffic."""
@@ -341,14 +358,10 @@ class Demo:
         story.note("symmetric from now on, and every flow that they knew is forgotten")
 
         def relayed() -> bool:
-            answered = stage.a.ping(self.overlay["b"], wait_s=1.0, pattern=self.mark)
-            return bool(answered) and stage.path(stage.a, "b") == stage.path(stage.b, "a") == "relayed"
-
-        def seen() -> str:
-            return f"a says {stage.path(stage.a, 'b')}, b says {stage.path(stage.b, 'a')}"
+            return self._answers() and stage.path(stage.a, "b") == stage.path(stage.b, "a") == "relayed"
 
         with story.working("the relay takes over"):
-            stage.wait("the relay to carry the traffic", relayed, FALL_BACK_S, seen, stage.a, stage.b)
+            stage.wait("the relay to carry the traffic", relayed, FALL_BACK_S, self._paths, stage.a, stage.b)
         times = stage.a.ping(self.overlay["b"], count=10, interval_s=0.2, pattern=self.mark)
         flows = traffic.stop()
         if len(times) < 10:
@@ -397,18 +410,21 @@ class Demo:
         def direct() -> bool:
             return stage.path(stage.a, "b") == stage.path(stage.b, "a") == "direct"
 
-        def seen() -> str:
-            return f"a says {stage.path(stage.a, 'b')}, b says {stage.path(stage.b, 'a')}"
-
         with self.story.working("they look for a direct path"):
             if self.expected is True:
-                stage.wait("the direct path", direct, UPGRADE_S, seen, stage.a, stage.b)
+                stage.wait("the direct path", direct, UPGRADE_S, self._paths, stage.a, stage.b)
                 return True
             time.sleep(STAYS_RELAYED_S)
         found = direct()
         if self.expected is False and found:
-            raise Seen("these NATs to leave no direct path", seen())
+            raise Seen("these NATs to leave no direct path", self._paths())
         return found
+
+    def _answers(self) -> bool:
+        return bool(self.stage.a.ping(self.overlay["b"], wait_s=1.0, pattern=self.mark))
+
+    def _paths(self) -> str:
+        return f"a says {self.stage.path(self.stage.a, 'b')}, b says {self.stage.path(self.stage.b, 'a')}"
 
     def _is_hub(self, host: str) -> bool:
         return self.stage.name_of(host).startswith("hub")

@@ -53,14 +53,15 @@ class Class(Enum):
 
 
 class Packet(NamedTuple):
-    """One sorted frame. `inner` is what ESP carried; ports are 0 where there are none."""
+    """One sorted frame. `spi` and `inner` are of ESP, `inner` what it carried; ports are 0 where there are none."""
 
     at: float
     hop: str
     kind: Class
     source: Endpoint
     destination: Endpoint
-    inner: bytes
+    inner: bytes = b""
+    spi: int = 0
 
 
 class KeyLog:
@@ -182,13 +183,13 @@ class Sorter:
         reader.take(12)
         ethertype = reader.u16()
         if ethertype == ETHERTYPE_ARP:
-            return Packet(frame.at, hop, Class.ARP_ND_ICMP, NOWHERE, NOWHERE, b"")
+            return Packet(frame.at, hop, Class.ARP_ND_ICMP, NOWHERE, NOWHERE)
         if ethertype == ETHERTYPE_IPV4:
             source, destination, protocol, body = self._ipv4_untrusted(reader)
         elif ethertype == ETHERTYPE_IPV6:
             source, destination, protocol, body = self._ipv6_untrusted(reader)
         else:
-            return Packet(frame.at, hop, Class.UNEXPECTED, NOWHERE, NOWHERE, b"")
+            return Packet(frame.at, hop, Class.UNEXPECTED, NOWHERE, NOWHERE)
         if body is None:
             return None
         ports, kind, inner = (0, 0), Class.UNEXPECTED, b""
@@ -206,11 +207,12 @@ class Sorter:
         elif protocol in (ICMP, ICMPV6):
             kind = Class.ARP_ND_ICMP
         ends = Endpoint(str(source), ports[0]), Endpoint(str(destination), ports[1])
-        return Packet(frame.at, hop, kind, *ends, inner)
+        spi = int.from_bytes(body[8:12], "big") if kind is Class.ESP else 0
+        return Packet(frame.at, hop, kind, *ends, inner, spi)
 
     def incomplete(self, hop: str) -> list[Packet]:
         """A packet of the class `unexpected` for each that never became whole."""
-        return [Packet(0.0, hop, Class.UNEXPECTED, NOWHERE, NOWHERE, b"") for _ in self._fragments]
+        return [Packet(0.0, hop, Class.UNEXPECTED, NOWHERE, NOWHERE) for _ in self._fragments]
 
     def _ipv4_untrusted(self, reader: Reader) -> tuple[IpAddress, IpAddress, int, bytes | None]:
         """RFC 791 section 3.1."""
