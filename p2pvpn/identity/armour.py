@@ -61,7 +61,10 @@ def dearmour_untrusted(kind: Kind, text: str) -> bytes:
     if len(framed) < _LENGTH_BYTES or len(framed) < wanted:
         raise WireError(f"{kind.said} that is cut off at the end", hint="copy the whole of it once more")
     payload, check = framed[_LENGTH_BYTES : _LENGTH_BYTES + length], framed[_LENGTH_BYTES + length : wanted]
-    if len(framed) > wanted or check != _check(kind, payload):
+    # Encoding again also catches a last character whose unused bits are set.
+    whole = armour(kind, payload).partition(":")[2]
+    same = body.lower() == whole if kind.base32 else body == whole
+    if check != _check(kind, payload) or not same:
         raise WireError(f"{kind.said} with a wrong character in it", hint="copy the whole of it once more")
     return payload
 

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from functools import wraps
 
 import pytest
+from identity.world import WALL, World, entropy, make_world
 
 from p2pvpn.core.address import Endpoint
 from p2pvpn.core.errors import LocalError, P2pvpnError, RemoteError, TrustError
@@ -26,7 +27,6 @@ from p2pvpn.host.enrol import (
 from p2pvpn.identity.enrolment import JoinResult, Refused, join_request
 from p2pvpn.identity.keys import PeerKey
 from p2pvpn.identity.profile import Profile
-from tests.identity.world import WALL, World, entropy, make_world
 
 LOOPBACK = "127.0.0.1"
 
