@@ -4,8 +4,10 @@
                                                           SimHost -> interfaces -> segments
     mesh engine -> SimUnderlay --------------------------/
 
-`SimHost` owns the ports of `mesh.ports`: `underlay`, `plane`, `forwarder`, `store`. `crash()` takes all sockets away
-without a word and cancels the host's tasks; `restart()` gives new ports, with the store as it was unless lost.
+`SimHost` owns the ports of `mesh.ports`: `underlay`, `plane`, `forwarder`, `store`. What runs on the host is known by
+its context: `spawn` starts it, and every task and timer that comes of it belongs to the host. `crash()` takes all
+sockets away without a word and ends those tasks and timers; `restart()` gives new ports, with the store as it was
+unless lost.
 """
 
 from __future__ import annotations
@@ -138,7 +140,8 @@ class SimHost:
         self.context = contextvars.Context()
         self.context.run(current_host.set, self)
         self._ports = (port, *extra_ports)
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks: dict[asyncio.Task[Any], None] = {}  # ordered, so that runs repeat
+        self.loop.set_task_factory(_host_task)  # type: ignore[arg-type]  # ours is narrower than the stub
         self._boot(MemoryStore())
 
     def _boot(self, store: MemoryStore) -> None:
@@ -264,10 +267,12 @@ class SimHost:
 
     def spawn(self, work: Coroutine[Any, Any, T], name: str = "task") -> asyncio.Task[T]:
         """Run a coroutine as this host; it dies with the host."""
-        task = self.loop.create_task(work, name=f"{self.name}: {name}", context=self.context.copy())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
+        return self.loop.create_task(work, name=f"{self.name}: {name}", context=self.context.copy())
+
+    def adopt(self, task: asyncio.Task[Any]) -> None:
+        """The task was started by code of this host."""
+        self._tasks[task] = None
+        task.add_done_callback(lambda done: self._tasks.pop(done, None))
 
     def crash(self, *, lose_disk: bool = False) -> None:
         """Power off: sockets, SAs and tasks are gone, and nobody is told."""
@@ -277,7 +282,8 @@ class SimHost:
         self.underlay.close()
         self.plane.close()
         self.sockets.close()
-        for task in self._tasks:
+        self.loop.cancel_timers(lambda context: context.get(current_host) is self)
+        for task in list(self._tasks):
             task.cancel()
         if lose_disk:
             self.store = MemoryStore()
@@ -288,6 +294,17 @@ class SimHost:
             raise LocalError(f"{self.name} is running")
         self.is_running = True
         self._boot(self.store)
+
+
+def _host_task(
+    loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T], *, context: contextvars.Context | None = None
+) -> asyncio.Task[T]:
+    """A task, known to the host in whose context it was started."""
+    task = asyncio.Task(work, loop=loop, context=context)
+    host = current_host.get() if context is None else context.get(current_host)
+    if host is not None:
+        host.adopt(task)
+    return task
 
 
 def _ignore_datagram(path: Path, data: bytes) -> None:

@@ -12,6 +12,7 @@ When no timer is left and no task can run, everybody waits for nothing: `run` sa
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import math
 import random
 import selectors
@@ -128,6 +129,12 @@ class VirtualLoop(asyncio.SelectorEventLoop):
             self._limit_at = math.inf
         self._raise_problems()
         return result
+
+    def cancel_timers(self, belongs: Callable[[contextvars.Context], bool]) -> None:
+        """Cancel the timers that were set in a context for which `belongs` is true."""
+        for handle in list(self._scheduled):  # type: ignore[attr-defined]
+            if belongs(handle._context):
+                handle.cancel()
 
     def close(self) -> None:
         """Cancel every task, let each say its last words, and close the loop."""

@@ -23,11 +23,13 @@ async def start_node(
     `emit` hears its events; all of them also go into the world's trace.
     """
 
+    host = machine.host
+
     def on_event(event: MeshEvent) -> None:
+        if not host.is_running:
+            return
         world.trace.note(machine.name, event.kind, str(event))
         emit(event)
-
-    host = machine.host
 
     async def start() -> Node:
         node = Node(

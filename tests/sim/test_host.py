@@ -384,6 +384,38 @@ def test_a_crash_takes_everything_away_in_silence_and_the_store_survives(net, pa
     net.loop.run(story())
 
 
+def test_a_crash_ends_all_that_came_of_the_hosts_tasks_and_nothing_else(net, pair):
+    ticks = []
+
+    def tick(name):
+        ticks.append((name, net.loop.elapsed))
+        net.loop.call_later(0.1, tick, name)
+
+    async def child(name):
+        while True:
+            await asyncio.sleep(0.1)
+            ticks.append((f"{name} child", net.loop.elapsed))
+
+    async def start(name):
+        tick(name)
+        tasks.append(asyncio.create_task(child(name)))
+
+    tasks = []
+
+    async def story():
+        for host in pair:
+            await host.spawn(start(host.name))
+        await asyncio.sleep(1)
+        pair[1].crash()
+        crashed_at = net.loop.elapsed
+        pair[1].restart()
+        await asyncio.sleep(1)
+        assert {name for name, at in ticks if at > crashed_at} == {"a", "a child"}
+        assert [task.done() for task in tasks] == [False, True]
+
+    net.loop.run(story())
+
+
 def test_a_full_disk_refuses_and_keeps_the_old_content(net):
     store = SimHost(net, "host").store
     store.write("file", b"old")
