@@ -55,7 +55,7 @@ class Attempt:
     def abandon(self, services: Services) -> None:
         """Forget the exchange without a word."""
         if self.sa_id is not None and not self.done.done():
-            services.ike.drop(self.sa_id)
+            services.ike.drop(self.sa_id, "abandoned")
         self.done.cancel()
 
 

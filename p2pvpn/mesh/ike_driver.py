@@ -17,7 +17,7 @@ from p2pvpn.core.errors import P2pvpnError
 from p2pvpn.core.output import Output, Transmit
 from p2pvpn.ike.endpoint import IkeEndpoint
 from p2pvpn.ike.notifies import Notify
-from p2pvpn.ike.outputs import InstallChild, MoveChild, RemoveChild, SendKeepalive, UseChild
+from p2pvpn.ike.outputs import InstallChild, MoveChild, RemoveChild, SaClosed, SendKeepalive, UseChild
 
 from .ports import Plane, Underlay
 
@@ -120,9 +120,9 @@ class IkeDriver:
         """Take an SA that we initiated to another path."""
         self.post(lambda now: self.endpoint.move(sa_id, path, now))
 
-    def drop(self, sa_id: int) -> None:
-        """Forget an SA without a word."""
-        self.post(lambda now: self.endpoint.drop(sa_id))
+    def drop(self, sa_id: int, reason: str) -> None:
+        """Forget an SA without a word to the peer."""
+        self.post(lambda now: [*self.endpoint.drop(sa_id), SaClosed(sa_id, reason)])
 
     async def _execute(self, outputs: list[Output]) -> None:
         for output in outputs:

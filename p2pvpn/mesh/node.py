@@ -52,6 +52,8 @@ log = logging.getLogger(__name__)
 
 SETTLE_S = 0.05
 """Changes of the network come in bunches."""
+MOVE_TRIES = 3
+"""Over a path that was just proven: gives up after 3 s, and another path is tried."""
 MAX_SPIS = 100_000
 """Beyond this, SPIs of negotiations that came to nothing are given back."""
 
@@ -84,7 +86,7 @@ class Node:
         self._network_of: dict[int, Network] = {}
         """Network by IKE SA."""
         children = count(1)
-        settings = IkeSettings(liveness_s=tuning.liveness_s)
+        settings = IkeSettings(liveness_s=tuning.liveness_s, move_tries=MOVE_TRIES)
         endpoint = IkeEndpoint(settings, entropy, lambda: next(children), self._allocate_spi)
         self.services = Services(
             underlay=underlay,

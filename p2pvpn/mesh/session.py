@@ -36,6 +36,9 @@ from .relaying import RelayPath
 from .services import Services
 from .trap import TrapQueue
 
+GIVE_UP_MOVES = 2
+"""Moves away from a dead path that may fail, to the relay at hand and to a fresh one, before the SA counts as lost."""
+
 
 class PathKind(Enum):
     DIRECT = "direct"
@@ -71,6 +74,8 @@ class LiveSa:
     agent: PunchAgent | None = None
     pump: Pump | None = None
     replaced: bool = False
+    failed_moves: int = 0
+    move_reason: str = "better"
 
 
 class Session:
@@ -271,6 +276,7 @@ class Session:
         if sa is None or sa.path == path:
             return
         sa.path = path
+        sa.failed_moves = 0
         relay = self.relays.get(path.remote)
         if relay is not None and relay is not sa.relay:
             relay.claimed = True
@@ -278,8 +284,9 @@ class Session:
             self._release_relays()
         if sa is self.current:
             kind = self.path_kind
+            reason, sa.move_reason = sa.move_reason, "better"
             self._context.emit(
-                PathChanged(self._context.label, self.name, kind.value if kind else "", str(path.remote), "moved")
+                PathChanged(self._context.label, self.name, kind.value if kind else "", str(path.remote), reason)
             )
 
     def move_failed(self, sa_id: int, path: Path, reason: str) -> None:
@@ -289,7 +296,13 @@ class Session:
             return
         self.last_failure = f"move to {path.remote}: {reason}"
         direct = sa.agent.selected if sa.agent is not None else None
-        if sa.path.remote not in self._services.relays.endpoints and direct != sa.path:
+        if sa.path.remote in self._services.relays.endpoints or direct == sa.path:
+            return  # It was a move to something better, and what we have still works.
+        sa.failed_moves += 1
+        if sa.failed_moves >= GIVE_UP_MOVES:
+            # The second relay was agreed on with the peer a moment ago, so the peer lives and lost the SA: begin anew.
+            self._services.ike.drop(sa.id, f"the peer does not know the SA any more: {reason}")
+        else:
             self.fall_back(reason)
 
     def closed(self, sa_id: int, reason: str) -> None:
@@ -390,10 +403,8 @@ class Session:
                 try:
                     relay = await self._living_relay(sa, dead)
                     sa.relay = relay
+                    sa.move_reason = reason
                     self._move(sa, relay.path)
-                    self._context.emit(
-                        PathChanged(self._context.label, self.name, "relayed", str(relay.path.remote), reason)
-                    )
                     return
                 except P2pvpnError as problem:
                     self.last_failure = f"fall back: {problem}"
@@ -402,7 +413,7 @@ class Session:
             self._falling_back = None
 
     async def _living_relay(self, sa: LiveSa, dead: Path) -> RelayPath:
-        if sa.relay is not None and sa.relay.path != dead and await sa.relay.confirm():
+        if not sa.failed_moves and sa.relay is not None and sa.relay.path != dead and await sa.relay.confirm():
             return sa.relay
         return await self._context.relay_to(self.overlay)
 
