@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from p2pvpn.core.errors import LocalError
 from p2pvpn.dht import hub as hub_module
 from p2pvpn.dht import records
 from p2pvpn.dht.client import DhtClient, NoHubAnsweredError
@@ -481,6 +482,30 @@ def test_arguments_of_the_wrong_shape_are_refused_and_break_nothing() -> None:
     world.run(story())
 
 
+def test_kademlia_sees_the_store_and_cannot_write_it() -> None:
+    world = World()
+
+    async def story() -> None:
+        (hub,) = await world.add_hubs(1)
+        who = world.registry.join("laptop")
+        raw = who.record(world.wall())
+        hub.node._accept(raw, who.key)
+        storage = hub.node._overlay.storage
+        assert storage.get(who.key) == storage[who.key] == raw
+        assert list(storage) == [(who.key, raw)]
+        assert storage.iter_older_than(0) == []
+        assert storage.get(bytes(20), b"none") == b"none"
+        with pytest.raises(KeyError):
+            storage[bytes(20)]
+        with pytest.raises(LocalError):
+            storage[who.key] = raw
+        for call in (hub.node._overlay.get("laptop"), hub.node._overlay.set("laptop", raw)):
+            with pytest.raises(LocalError):
+                await call
+
+    world.run(story())
+
+
 def test_a_hub_that_left_the_document_is_no_hub_any_more() -> None:
     world = World()
 
@@ -544,6 +569,7 @@ def test_a_hub_verifies_what_another_hub_hands_it() -> None:
         [1, [b"x" * 12] * 16],
         [2, [], True],
         [2, [[b"\xff" * 40, 2**62]], True],
+        [2, [[b"\xff" * 40, 2**62]], False],
         [2, [[bytes(40), 2**62], [bytes(40), 2**62]], False],
         [2, [[bytes(39), 1]], False],
         [2, [["text", 1]], False],

@@ -8,8 +8,9 @@ from ipaddress import IPv6Address
 import pytest
 
 from p2pvpn.core.errors import LocalError, WireError
-from p2pvpn.dht import messages, rpc
-from p2pvpn.dht.messages import Request
+from p2pvpn.dht import answers, messages, rpc
+from p2pvpn.dht.background import Background
+from p2pvpn.dht.messages import Request, Result
 from p2pvpn.dht.packing import pack
 from p2pvpn.dht.rpc import Code, RpcClosedError, RpcNode, RpcRefusedError, RpcTimeoutError
 
@@ -273,6 +274,40 @@ def test_a_flood_from_one_peer_is_dropped_and_others_are_served() -> None:
         assert len(bob._answers) <= 300
 
     world.run(story())
+
+
+def test_answers_are_remembered_for_a_while_and_only_so_many() -> None:
+    memory = answers.AnswerMemory()
+    source = IPv6Address("fd00::1")
+    for number in range(answers.MAX_ANSWERS + 10):
+        memory.remember((source, number.to_bytes(8, "big")), Result(bytes(8), 0, 0, number), float(number >= 20))
+    assert len(memory) == memory.count(source) == answers.MAX_ANSWERS
+    assert memory.recall((source, (5).to_bytes(8, "big")), 1.0) is None
+    assert memory.recall((source, (15).to_bytes(8, "big")), 1.0) == Result(bytes(8), 0, 0, 15)
+    assert memory.recall((source, (15).to_bytes(8, "big")), answers.ANSWER_KEPT_S) is None
+    assert memory.recall((source, (25).to_bytes(8, "big")), answers.ANSWER_KEPT_S) == Result(bytes(8), 0, 0, 25)
+    assert memory.recall((source, (25).to_bytes(8, "big")), answers.ANSWER_KEPT_S + 1) is None
+    assert (len(memory), memory.count(source)) == (0, 0)
+
+
+def test_a_background_task_that_fails_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    async def story() -> None:
+        background = Background()
+
+        async def fail() -> None:
+            raise ValueError("broken")
+
+        background.spawn(fail(), "the one that fails")
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert len(background) == 0
+        await background.close()
+        late = background.spawn(asyncio.sleep(100), "too late")
+        await asyncio.wait((late,))
+        assert late.cancelled()
+
+    asyncio.run(story())
+    assert "the one that fails" in caplog.text
 
 
 def test_requests_beyond_the_lane_wait_and_all_are_served() -> None:

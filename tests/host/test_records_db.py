@@ -125,6 +125,22 @@ def test_rows_that_make_no_sense_are_left_out(path: Path) -> None:
     assert contents(path) == {row(1).slot: row(1)}
 
 
+def test_a_write_that_fails_is_told_of_and_later_ones_succeed(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    database = RecordsDb(path)
+    database.drain()
+    with sqlite3.connect(path) as other:
+        other.execute("ALTER TABLE records RENAME TO hidden")
+    database.write([row(1)], [])
+    database.drain()
+    assert "1 records were not written" in caplog.text
+    with other:
+        other.execute("ALTER TABLE hidden RENAME TO records")
+    other.close()
+    database.write([row(2)], [])
+    database.close()
+    assert set(contents(path)) == {row(2).slot}
+
+
 _WRITER = """
 import sys
 from pathlib import Path
