@@ -80,6 +80,7 @@ class InboundSa:
     __slots__ = (
         "bytes",
         "child",
+        "esn",
         "home",
         "last_at",
         "local",
@@ -94,6 +95,7 @@ class InboundSa:
 
     def __init__(self, child: ChildSa, local: SelectorSet, remote: SelectorSet) -> None:
         self.child = child
+        self.esn = child.esn
         self.home = child.path.remote
         self.source: tuple[str, int] = self.home
         self.local = local
@@ -106,11 +108,13 @@ class InboundSa:
         self.bytes = 0
         self.last_at = 0.0
 
-    def admits_untrusted(self, packet: bytes, source: bytes, destination: bytes) -> bool:
-        """Whether source and destination of a trimmed packet are the SA's (RFC 4301 section 5.2 step 4)."""
-        pair = source + destination
-        if pair in self.pairs:
-            return True
+    def admits_untrusted(self, packet: bytes, pair: bytes) -> bool:
+        """Whether a trimmed packet is the SA's (RFC 4301 section 5.2 step 4); `pair` is its source and destination.
+
+        Pairs that need no second look are remembered in `pairs`. Raises WireError.
+        """
+        half = len(pair) // 2
+        source, destination = pair[:half], pair[half:]
         protocol, source_port, destination_port = flow_untrusted(packet)
         if not self.remote.admits(source, protocol, source_port):
             return False

@@ -17,6 +17,7 @@ import errno
 import ipaddress
 import socket
 import struct
+import sys
 from dataclasses import dataclass
 
 from p2pvpn.core.address import Path
@@ -33,6 +34,7 @@ _SO_ATTACH_REUSEPORT_CBPF = 51
 _SO_RCVBUFFORCE, _SO_SNDBUFFORCE = 33, 32
 _IP_TOS, _IP_PKTINFO, _IP_MTU_DISCOVER, _IP_RECVTOS, _IP_MTU = 1, 8, 10, 13, 14
 _IPV6_MTU_DISCOVER, _IPV6_MTU, _IPV6_DONTFRAG = 23, 24, 62
+_SOL_UDP, _UDP_GRO = 17, 104
 _PMTUDISC_WANT, _PMTUDISC_DO = 1, 2
 _IN_PKTINFO = struct.Struct("=i4s4s")
 _IN6_PKTINFO = struct.Struct("=16si")
@@ -143,6 +145,7 @@ def _open_pair(family: int, port: int) -> UdpPair | None:
         _attach(control)
         _receive_packet_info(control)
         _receive_traffic_class(esp)
+        _receive_batches(esp)
         allow_fragments(esp, allowed=False)
     except OSError as error:
         control.close()
@@ -193,6 +196,23 @@ def _receive_traffic_class(sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_IP, _IP_RECVTOS, 1)
     else:
         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVTCLASS, 1)
+
+
+def _receive_batches(sock: socket.socket) -> None:
+    """Let the kernel hand over several datagrams of one size and sender at once (UDP_GRO), where it can."""
+    with contextlib.suppress(OSError):
+        sock.setsockopt(_SOL_UDP, _UDP_GRO, 1)
+
+
+def received(control: Ancillary) -> tuple[int, int]:
+    """Of a datagram of the ESP socket: the size of the datagrams that it is a batch of, or 0, and the traffic class."""
+    size = traffic_class = 0
+    for level, _, data in control:
+        if level == _SOL_UDP:
+            size = int.from_bytes(data, sys.byteorder)
+        else:
+            traffic_class = int.from_bytes(data, sys.byteorder)
+    return size, traffic_class
 
 
 def allow_fragments(sock: socket.socket, *, allowed: bool) -> None:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import functools
 import os
 import select
@@ -31,12 +30,12 @@ from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
 
-from p2pvpn.core.address import Path
 from p2pvpn.core.errors import LocalError
 from p2pvpn.esp.engine import EspEngine, Reason, Refused, Sealed, TooBig, Trapped
 
+from .sender import Sender
 from .tun import Tun
-from .udp import ANCILLARY_BYTES, Ancillary, allow_fragments, ancillary, path_mtu
+from .udp import ANCILLARY_BYTES, MAX_DATAGRAM_BYTES, received
 from .worker_messages import (
     MAX_MESSAGE_BYTES,
     MOVED,
@@ -50,35 +49,8 @@ from .worker_messages import (
 
 BATCH = 64
 """Packets taken from one descriptor before the others get their turn."""
-RECEIVE_BYTES = 4096
-"""More than ESP of any packet that a device of ours or a peer's Ethernet carries."""
-MAX_WAYS = 4096
-"""Paths whose socket and address are remembered."""
 
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4
-
-
-class _Way:
-    """How a path is sent to: socket, address, and control messages by traffic class."""
-
-    __slots__ = ("address", "by_class", "path", "plain", "sock")
-
-    def __init__(self, path: Path, sock: socket.socket) -> None:
-        self.path = path
-        self.sock = sock
-        self.address = (path.remote.host, path.remote.port)
-        self.plain = path.local.is_unspecified
-        self.by_class: dict[int, Ancillary] = {}
-
-    def send(self, datagram: bytes, traffic_class: int) -> None:
-        """Raises OSError."""
-        if self.plain and not traffic_class:
-            self.sock.sendto(datagram, self.address)
-            return
-        control = self.by_class.get(traffic_class)
-        if control is None:
-            control = self.by_class[traffic_class] = ancillary(self.path, traffic_class)
-        self.sock.sendmsg((datagram,), control, 0, self.address)
 
 
 class Worker:
@@ -87,11 +59,10 @@ class Worker:
     def __init__(self, control: socket.socket, esp_sockets: list[socket.socket]) -> None:
         self._engine = EspEngine()
         self._control = control
-        self._sockets = {sock.family: sock for sock in esp_sockets}
+        self._sender = Sender({sock.family: sock for sock in esp_sockets}, self._engine.narrow_path)
         self._tuns: dict[int, tuple[str, Tun]] = {}
         self._networks: dict[str, Tun] = {}
         self._answers: deque[bytes] = deque()
-        self._ways: dict[Path, _Way] = {}
         self._lost: Counter[str] = Counter()
         self._alive = True
         self._waits_for_room = False
@@ -118,100 +89,84 @@ class Worker:
 
     def _on_tun(self, fd: int) -> None:
         network, tun = self._tuns[fd]
-        outbound, read, transmit = self._engine.outbound, tun.read, self._transmit
+        outbound, read, put = self._engine.outbound, tun.read, self._sender.put
         now = time.monotonic()
         for _ in range(BATCH):
             packet = read()
             if packet is None:
-                return
+                break
             result = outbound(network, packet, now)
             if isinstance(result, Sealed):
-                transmit(result)
-                continue
-            if isinstance(result, Trapped):
+                path, datagram, traffic_class, more = result
+                put(path, datagram, traffic_class)
+                for datagram in more:
+                    put(path, datagram, traffic_class)
+            elif isinstance(result, Trapped):
                 self._drain_control()
                 if self._networks.get(network) is not tun:
-                    return
-                result = outbound(network, packet, now)
-            if isinstance(result, Sealed):
-                transmit(result)
-            elif isinstance(result, Trapped):
-                self._tell([0, TRAPPED, network, packet])
+                    break
+                self._second_try(network, tun, packet, now)
             elif isinstance(result, TooBig) and not tun.write(result.reply):
                 self._lost["device refused"] += 1
+        self._sender.flush()
+
+    def _second_try(self, network: str, tun: Tun, packet: bytes, now: float) -> None:
+        """A packet that no SA covered, after the commands that waited were executed."""
+        result = self._engine.outbound(network, packet, now)
+        if isinstance(result, Sealed):
+            self._transmit(result)
+        elif isinstance(result, Trapped):
+            self._tell([0, TRAPPED, network, packet])
+        elif isinstance(result, TooBig) and not tun.write(result.reply):
+            self._lost["device refused"] += 1
 
     def _on_esp(self, sock: socket.socket) -> None:
-        inbound, receive = self._engine.inbound, sock.recvmsg
+        take, receive = self._take, sock.recvmsg
         is_ipv6 = sock.family == socket.AF_INET6
         now = time.monotonic()
-        for _ in range(BATCH):
+        left = BATCH
+        while left > 0:
             try:
-                data, control, _, source = receive(RECEIVE_BYTES, ANCILLARY_BYTES)
+                data, control, _, source = receive(MAX_DATAGRAM_BYTES, ANCILLARY_BYTES)
             except BlockingIOError:
                 return
             except OSError:
+                left -= 1
                 continue  # a soft error of an earlier datagram
             if is_ipv6:
                 source = source[:2]
-            ecn = control[0][2][0] if control else 0
-            result = inbound(source, data, now, ecn)
+            size, ecn = received(control)
+            if not size or size >= len(data):
+                take(source, data, now, ecn)
+                left -= 1
+                continue
+            for at in range(0, len(data), size):
+                take(source, data[at : at + size], now, ecn)
+                left -= 1
+
+    def _take(self, source: tuple[str, int], data: bytes, now: float, ecn: int) -> None:
+        """One datagram of the wire."""
+        result = self._engine.inbound(source, data, now, ecn)
+        if isinstance(result, Refused):
+            if result.reason is not Reason.UNKNOWN_SPI:
+                return
+            self._drain_control()
+            result = self._engine.inbound(source, data, now, ecn)
             if isinstance(result, Refused):
-                if result.reason is not Reason.UNKNOWN_SPI:
-                    continue
-                self._drain_control()
-                result = inbound(source, data, now, ecn)
-                if isinstance(result, Refused):
-                    if result.reason is Reason.UNKNOWN_SPI:
-                        self._engine.drops[Reason.UNKNOWN_SPI] += 1
-                    continue
-            tun = self._networks.get(result.network)
-            if tun is None or not tun.write(result.packet):
-                self._lost["device refused"] += 1
-            if result.moved is not None:
-                self._tell([0, MOVED, result.child_id, result.moved.host, result.moved.port])
+                if result.reason is Reason.UNKNOWN_SPI:
+                    self._engine.drops[Reason.UNKNOWN_SPI] += 1
+                return
+        network, child_id, packet, moved = result
+        tun = self._networks.get(network)
+        if tun is None or not tun.write(packet):
+            self._lost["device refused"] += 1
+        if moved is not None:
+            self._tell([0, MOVED, child_id, moved.host, moved.port])
 
     def _transmit(self, sealed: Sealed) -> None:
-        way = self._ways.get(sealed.path)
-        if way is None:
-            way = self._open_way(sealed.path)
-            if way is None:
-                self._lost["no address family"] += 1
-                return
-        try:
-            way.send(sealed.datagram, sealed.traffic_class)
-        except OSError as error:
-            self._not_sent(way, sealed.datagram, sealed.traffic_class, error)
+        self._sender.put(sealed.path, sealed.datagram, sealed.traffic_class)
         for datagram in sealed.more:
-            try:
-                way.send(datagram, sealed.traffic_class)
-            except OSError as error:
-                self._not_sent(way, datagram, sealed.traffic_class, error)
-
-    def _open_way(self, path: Path) -> _Way | None:
-        sock = self._sockets.get(socket.AF_INET6 if path.remote.is_ipv6 else socket.AF_INET)
-        if sock is None:
-            return None
-        if len(self._ways) >= MAX_WAYS:
-            self._ways.clear()
-        way = self._ways[path] = _Way(path, sock)
-        return way
-
-    def _not_sent(self, way: _Way, datagram: bytes, traffic_class: int, error: OSError) -> None:
-        """The kernel refused a datagram. Too big means that the path is narrower than thought: it is learned, and this
-        datagram goes in fragments; so do IPv6 packets of the minimum MTU over paths that are narrower still."""
-        if error.errno != errno.EMSGSIZE:
-            self._lost[errno.errorcode.get(error.errno or 0, "unknown")] += 1
-            return
-        mtu = path_mtu(way.path)
-        if mtu is not None:
-            self._engine.narrow_path(way.path.remote, mtu)
-        allow_fragments(way.sock, allowed=True)
-        try:
-            way.send(datagram, traffic_class)
-        except OSError:
-            self._lost["EMSGSIZE"] += 1
-        finally:
-            allow_fragments(way.sock, allowed=False)
+            self._sender.put(sealed.path, datagram, sealed.traffic_class)
 
     # ------------------------------------------------------------------ the daemon
 
@@ -289,7 +244,7 @@ class Worker:
                 return {child_id: list(usage) for child_id, usage in engine.usage(arguments[0]).items()}
             case Op.COUNTERS:
                 refused = {reason.name: count for reason, count in engine.drops.items()}
-                return {**refused, **self._lost}
+                return {**refused, **self._lost, **self._sender.lost}
         return None
 
     def _open_network(self, network: str) -> str:
@@ -321,6 +276,7 @@ class Worker:
                 tun.write(result.reply)
             elif isinstance(result, Trapped):
                 self._lost["injected too early"] += 1
+        self._sender.flush()
 
 
 def _die_with_parent(parent: int) -> None:
