@@ -89,7 +89,7 @@ class IkeEndpoint:
         self._last_id = 0
         self._by_id: dict[int, IkeSa] = {}
         self._by_spi: dict[bytes, IkeSa] = {}
-        self._inits: dict[tuple[Endpoint, bytes], tuple[bytes, int]] = {}
+        self._inits: dict[tuple[Endpoint, bytes], int] = {}
         self._init_of: dict[int, tuple[Endpoint, bytes]] = {}
         self._half_open: Counter[str] = Counter()
         self._source_of: dict[int, str] = {}
@@ -199,7 +199,8 @@ class IkeEndpoint:
             sa.receive(path, header, data, now)
             return self._collect(sa, now)
         is_new = header.exchange == Exchange.IKE_SA_INIT and header.initiator and not header.response
-        if is_new and header.spi_r == NO_SPI and header.message_id == 0:
+        is_reflected = header.spi_i in self._by_spi
+        if is_new and header.spi_r == NO_SPI and header.message_id == 0 and not is_reflected:
             return self._handle_init(path, header, data, now)
         return []
 
@@ -238,10 +239,10 @@ class IkeEndpoint:
 
     def _handle_init(self, path: Path, header: Header, data: bytes, now: float) -> list[Output]:
         settings = self._local.settings
-        known = self._inits.get((path.remote, header.spi_i))
-        digest = hashlib.sha256(data).digest()
-        if known is not None and known[0] == digest:
-            sa = self._by_id[known[1]]
+        key = (path.remote, hashlib.sha256(data).digest())
+        known = self._inits.get(key)
+        if known is not None:
+            sa = self._by_id[known]
             sa.repeat_init(path, now)
             return self._collect(sa, now)
         source = _source(path.remote)
@@ -255,7 +256,7 @@ class IkeEndpoint:
                     return [self._say(path, header, wanted)]
             if crowd >= settings.half_open_max or here >= settings.half_open_per_source:
                 return []
-            return self._answer_init(path, data, digest, now)
+            return self._answer_init(path, data, key, now)
         except Refusal as refusal:
             return self._error(path, header, refusal.notify, now)
         except CriticalPayloadError as problem:
@@ -281,20 +282,19 @@ class IkeEndpoint:
                     return None
         return Notify(NotifyType.COOKIE, self._cookies.make(path.remote, header.spi_i, nonce, now))
 
-    def _answer_init(self, path: Path, data: bytes, digest: bytes, now: float) -> list[Output]:
+    def _answer_init(self, path: Path, data: bytes, key: tuple[Endpoint, bytes], now: float) -> list[Output]:
+        """A new half-open SA.
+
+        An initiator that begins anew (with a cookie, say) gets one more: somebody else may have made it do so, and the
+        answer to its first request may be the one that it goes by.
+        """
         message = parse_clear_untrusted(data)
         check_untrusted(message)
         choice = init.choose_untrusted(self._local.settings, message)
         header = message.header
         sa = IkeSa(self._local, self._next_id(), path, initiator=False, spi_i=header.spi_i, spi_r=self._fresh_spi())
         sa.answer_init(init.answer(sa, Received(message, path, data), choice), path, now)
-        key = (path.remote, header.spi_i)
-        before = self._inits.get(key)
-        if before is not None and (old := self._by_id.get(before[1])) is not None and old.is_half_open:
-            # The initiator began anew (with a cookie, or another group): its first attempt leads nowhere.
-            old.drop()
-            self._collect(old, now)
-        self._inits[key] = (digest, sa.id)
+        self._inits[key] = sa.id
         self._init_of[sa.id] = key
         self._source_of[sa.id] = _source(path.remote)
         self._half_open[self._source_of[sa.id]] += 1
@@ -364,7 +364,7 @@ class IkeEndpoint:
         self._by_spi.pop(sa.local_spi, None)
         self._scheduled.pop(sa.id, None)
         key = self._init_of.pop(sa.id, None)
-        if key is not None and self._inits.get(key, (b"", 0))[1] == sa.id:
+        if key is not None:
             del self._inits[key]
 
 

@@ -132,7 +132,7 @@ class IkeSa:
         packets = self._channel.pack(self._header(Exchange.IKE_SA_INIT, 0, response=True), payloads)
         assert self.handshake is not None
         self.handshake.answer = packets[0]
-        self.answers.store(packets)
+        self.answers.store(Exchange.IKE_SA_INIT, packets)
         self._channel.protect(self.handshake.keys, self.initiator)
         self._timers.set(Timer.END, now + self.local.settings.half_open_s)
         self._transmit(path, packets)
@@ -140,7 +140,7 @@ class IkeSa:
     def repeat_init(self, path: Path, now: float) -> None:
         """The same IKE_SA_INIT request came again: the same answer, as long as nothing else came."""
         if self.state is State.INIT_ANSWERED:
-            self._transmit(path, self.answers.again(0, now, lambda: True))
+            self._transmit(path, self.answers.again(now, lambda: True))
 
     # Wishes of the engine
 
@@ -455,8 +455,9 @@ class IkeSa:
         self.end(Step.REFUSED if self.state is State.AUTH_SENT else Step.BROKEN, reason, now)
 
     def _receive_request(self, path: Path, header: Header, data: bytes, now: float) -> None:
-        if header.message_id == self.answers.expected_id - 1 and header.exchange != Exchange.IKE_SA_INIT:
-            self._transmit(path, self.answers.again(header.message_id, now, lambda: self._channel.is_repeated(data)))
+        if self.answers.is_last(header.exchange, header.message_id):
+            if header.exchange != Exchange.IKE_SA_INIT:
+                self._transmit(path, self.answers.again(now, lambda: self._channel.is_repeated(data)))
             return
         rule = rule_for(header.exchange, False)
         if header.message_id != self.answers.expected_id or rule is None:
@@ -490,7 +491,7 @@ class IkeSa:
             )
         own = self._header(header.exchange, header.message_id, response=True)
         packets = self._channel.pack(own, reply.payloads)
-        self.answers.store(packets)
+        self.answers.store(header.exchange, packets)
         self._transmit(path, packets)
         for output in reply.then:
             self.emit(output)

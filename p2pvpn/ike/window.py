@@ -81,20 +81,24 @@ class Requests:
 class Answers:
     """The peer's requests."""
 
-    __slots__ = ("_bucket", "expected_id", "stored")
+    __slots__ = ("_bucket", "_exchange", "expected_id", "stored")
 
     def __init__(self) -> None:
         self.expected_id = 0
         self.stored: tuple[bytes, ...] = ()
+        self._exchange = 0
         self._bucket = TokenBucket(MAX_RESENDS_PER_S, 2 * MAX_RESENDS_PER_S)
 
-    def store(self, packets: tuple[bytes, ...]) -> None:
+    def store(self, exchange: int, packets: tuple[bytes, ...]) -> None:
         """The answer to the expected request."""
+        self._exchange = exchange
         self.stored = packets
         self.expected_id += 1
 
-    def again(self, message_id: int, now: float, check: Callable[[], bool]) -> tuple[bytes, ...]:
-        """The stored answer when `message_id` is that of the last request and `check` finds the request genuine."""
-        if message_id != self.expected_id - 1 or not self.stored:
-            return ()
+    def is_last(self, exchange: int, message_id: int) -> bool:
+        """Whether a request with this exchange and number is the one answered last."""
+        return (exchange, message_id) == (self._exchange, self.expected_id - 1)
+
+    def again(self, now: float, check: Callable[[], bool]) -> tuple[bytes, ...]:
+        """The stored answer, when `check` finds the repeated request genuine and it was not repeated too often."""
         return self.stored if check() and self._bucket.take(now) else ()

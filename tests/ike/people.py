@@ -29,6 +29,8 @@ SCHEMES = {
     "ed25519": (Scheme.ED25519,),
 }
 _KEYS = {}
+NO_CERTIFICATE = b"\x30\x00"
+"""DER of an empty SEQUENCE."""
 
 
 def key_of(kind: str, name: str):
@@ -82,7 +84,7 @@ class Authority:
         spki = self.key.public_key().public_bytes(
             serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
         )
-        return hashlib.sha1(spki).digest()
+        return hashlib.sha1(spki, usedforsecurity=False).digest()
 
     def leaf(self, name: str, public_key) -> x509.Certificate:
         try:
@@ -114,17 +116,27 @@ def credential(
     local: tuple[str, ...] = (),
     network: str = "net",
     padding_certificates: int = 0,
+    trusts: Authority | None = None,
+    own_name: str | None = None,
+    certificates_of: str | None = None,
+    send_chain: bool = True,
+    ask: bool = True,
     **more,
 ) -> Credential:
-    """`blocks` are the prefixes each peer may have, by ID text; `local` are our own."""
+    """`blocks` are the prefixes each peer may have, by ID text; `local` are our own.
+
+    The rest is for impostors: another root than the one trusted, another name in the certificate, another's key in it,
+    no certificate at all, no CERTREQ.
+    """
     key = key_of(kind, name)
-    leaf = authority.leaf(name, key.public_key())
+    leaf = authority.leaf(own_name or name, key_of(kind, certificates_of or name).public_key())
+    root = (trusts or authority).certificate
     held = blocks or {}
 
     def verify(identity: IkeId, chain: tuple[bytes, ...]) -> RemoteIdentity:
         try:
             cert = x509.load_der_x509_certificate(chain[0])
-            cert.verify_directly_issued_by(authority.certificate)
+            cert.verify_directly_issued_by(root)
         except (ValueError, InvalidSignature, TypeError):
             raise TrustError("not one of ours") from None
         if identity not in _names(cert):
@@ -136,10 +148,10 @@ def credential(
     return Credential(
         network=network,
         local_id=ike_id(name),
-        certificates=(der, *[der] * padding_certificates),
+        certificates=(der, *[der] * padding_certificates) if send_chain else (NO_CERTIFICATE,),
         schemes=more.pop("schemes", SCHEMES[kind]),
         sign=lambda scheme, data: signatures.sign(key, scheme, data),
-        authorities=(authority.key_hash,),
+        authorities=((trusts or authority).key_hash,) if ask else (),
         verify=verify,
         local_blocks=tuple(Selector.of_network(one) for one in local),
         **more,
