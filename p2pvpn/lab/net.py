@@ -33,6 +33,8 @@ from .namespace import is_inside, network_namespace
 ROUTER_V4 = "192.0.2.254"
 ROUTER_V6 = "2001:db8::ffff"
 COMMAND_TIMEOUT_S = 30.0
+ARGUMENT_CHARACTERS = 80
+"""Longer arguments (tokens, grants) are cut in error messages."""
 SYSCTLS = {
     "net/ipv4/ip_forward": "1",
     "net/ipv4/conf/all/rp_filter": "0",
@@ -304,7 +306,8 @@ def _run(
         err.seek(0)
         done = subprocess.CompletedProcess(list(argv), process.returncode, out.read(), err.read())
     if check and process.returncode != 0:
-        raise CommandError(f"{' '.join(argv)}: {outcome}\n{stdin or ''}\n{done.stdout}{done.stderr}".rstrip())
+        line = " ".join(word if len(word) <= ARGUMENT_CHARACTERS else f"{word[:20]}..." for word in argv)
+        raise CommandError(f"{line}: {outcome}\n{stdin or ''}\n{done.stdout}{done.stderr}".rstrip())
     return done
 
 
