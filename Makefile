@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help demo test check lint unit bench fresh clean
+.PHONY: help demo test check lint unit bench upgrades fresh clean
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -34,6 +34,9 @@ unit: $(VENV)/.test
 
 bench: $(VENV)/.test ## throughput side by side with peers
 	$(BIN)/python -m tools.bench $(ARGS)
+
+upgrades: $(VENV)/.test ## twenty upgrades and fall-backs at 1,000 packets a second each way
+	$(BIN)/python -m tools.upgrades $(ARGS)
 
 fresh: ## `make test` inside a freshly debootstrapped Debian
 	tools/fresh $(ARGS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from .output import ask_daemon, json_option, run, show_json
@@ -68,7 +70,8 @@ def invite(name: str, network: str | None, valid: int, no_qr: bool, as_json: boo
     if not no_qr and click.get_text_stream("stdout").isatty():
         import segno
 
-        segno.make_qr(answer["token"]).terminal(compact=True)
+        code: Any = segno.make_qr(answer["token"])
+        code.terminal(compact=True)
     click.echo(
         f"on the other machine: p2pvpn join TOKEN   (once, within {valid // 3600} h {valid % 3600 // 60} min)", err=True
     )

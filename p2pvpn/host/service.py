@@ -42,6 +42,9 @@ class NetworkService:
         if member.is_hub:
             self._database = RecordsDb(self._directory.path / RECORDS_FILE)
         self.network = await self._node.add_network(self.profile, self._store, self._database)
+        if self.issuer is not None:
+            issuer = self.issuer
+            self.network.on_member = lambda other: issuer.note(other, time.time())
         if member.is_hub:
             entry = self.profile.document.hub(self.profile.key.peer_id)
             port = entry.enrol_port if entry is not None else 443

@@ -7,7 +7,7 @@ certificate and the document's allowed pairs.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from ipaddress import IPv6Address
 from typing import Protocol
 
@@ -106,9 +106,12 @@ class HubSide:
         self._ports.clear()
         self._pump.close()
 
-    def set_hubs(self, hubs: list[PeerId]) -> None:
-        """The hubs of the document in force."""
+    def apply(self, hubs: list[PeerId], revoked: Iterable[PeerId]) -> None:
+        """A document is in force: these are its hubs, and nothing is kept or relayed for those whom it revokes."""
         self.node.set_hubs(hubs)
+        for peer in revoked:
+            self.store.remove_subject(peer)
+            self._pump.feed(self.relay.release_owner(peer, self._services.now))
 
     def _may_look_up(self, asker: IPv6Address, record: Record) -> bool:
         """Look-ups are answered only for pairs that the document allows."""

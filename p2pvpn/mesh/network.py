@@ -8,7 +8,7 @@ gossip       newer network documents              hub          what a hub does f
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ipaddress import IPv6Address
 from typing import Protocol
 
@@ -74,6 +74,8 @@ class Network:
         self.standing = standing
         self.label = standing.label
         self._place = place
+        self.on_member: Callable[[Member], None] = lambda member: None
+        """Told of every member that authenticated to us; an issuer remembers them."""
         self.sessions: dict[IPv6Address, Session] = {}
         self._by_sa: dict[int, Session] = {}
         self.rpc = RpcNode(self.me.overlay, DHT_PORT, services.entropy)
@@ -191,8 +193,9 @@ class Network:
     def _apply_document(self) -> None:
         hubs = self.standing.hubs()
         self.attachments.set_hubs(hubs)
+        self.dht.forget()
         if self.hub is not None:
-            self.hub.set_hubs([hub.peer_id for hub in hubs])
+            self.hub.apply([hub.peer_id for hub in hubs], self.standing.document.revoked_peers)
         self._hubs_changed()
         for session in list(self.sessions.values()):
             if session.member is not None and not self.standing.still_allowed(session.member):
@@ -303,6 +306,7 @@ class Network:
         member = event.remote.subject
         assert isinstance(member, Member)
         self.directory.learn(member)
+        self.on_member(member)
         session = self.session(member.overlay)
         self._by_sa[event.sa] = session
         relay = session.relays.get(event.path.remote)
@@ -340,6 +344,8 @@ class Network:
         if hub is not None:
             if session.current is not None:
                 if self.attachments.attached(hub.overlay):
+                    if self.hub is not None:
+                        self.hub.node.nudge(hub.overlay)
                     self.emit(HubAttached(self.label, hub.name, str(session.current.path.remote)))
             else:
                 self.attachments.lost(hub.overlay)

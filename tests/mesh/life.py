@@ -83,6 +83,7 @@ class Life:
     def relaying_hub(self) -> Machine:
         """The hub whose relay a's SA with b began on."""
         session = self.network(self.a).sessions[self.b.overlay]
-        assert session.current is not None and session.current.relay is not None
+        assert session.current is not None
+        assert session.current.relay is not None
         address = session.current.relay.endpoint.host
         return next(hub for hub in self.hubs if hub.host.owns(address))
