@@ -136,9 +136,8 @@ def _perform(options: argparse.Namespace) -> int:
             )
     lost = sum(one["upgrade"]["lost"] for one in rounds)
     gaps = sorted(one["fall_back"]["gap_s"] for one in rounds)
-    print(
-        f"lost at {len(rounds)} upgrades: {lost}; fall-back gap: median {gaps[len(gaps) // 2]:.2f} s, most {gaps[-1]:.2f} s"
-    )
+    median = gaps[len(gaps) // 2]
+    print(f"lost at {len(rounds)} upgrades: {lost}; fall-back gap: median {median:.2f} s, most {gaps[-1]:.2f} s")
     if options.json:
         Path(options.json).write_text(json.dumps({"rounds": rounds, "lost_at_upgrades": lost}, indent=1))
     return 0 if lost == 0 else 1

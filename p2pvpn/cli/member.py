@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+import sys
 
 import click
 
@@ -67,11 +67,10 @@ def invite(name: str, network: str | None, valid: int, no_qr: bool, as_json: boo
         show_json(answer)
         return
     click.echo(answer["token"])
-    if not no_qr and click.get_text_stream("stdout").isatty():
+    if not no_qr and sys.stdout.isatty():
         import segno
 
-        code: Any = segno.make_qr(answer["token"])
-        code.terminal(compact=True)
+        segno.make_qr(answer["token"]).terminal(compact=True)
     click.echo(
         f"on the other machine: p2pvpn join TOKEN   (once, within {valid // 3600} h {valid % 3600 // 60} min)", err=True
     )

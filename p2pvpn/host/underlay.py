@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import socket
 from collections.abc import Callable, Sequence
 
-from p2pvpn.core.address import Endpoint, Path
+from p2pvpn.core.address import Endpoint, IpNetwork, Path
 
 from .netlink import LocalAddress, Netlink
 from .udp import ANCILLARY_BYTES, MAX_DATAGRAM_BYTES, SharedPort, ancillary, local_address, open_port
@@ -71,6 +72,9 @@ class Underlay:
             for address in self._addresses
             if (socket.AF_INET6 if ":" in address.host else socket.AF_INET) in self._sockets
         ]
+
+    def local_networks(self) -> Sequence[IpNetwork]:
+        return [ipaddress.ip_interface(f"{a.host}/{a.prefix_length}").network for a in self._addresses]
 
     def send(self, path: Path, data: bytes) -> None:
         sock = self._sockets.get(socket.AF_INET6 if path.remote.is_ipv6 else socket.AF_INET)
