@@ -205,7 +205,7 @@ class Demo:
         story.fact(f"each is attached to {wanted} hubs at least")
 
     def meet(self) -> str:
-        """The first ping, relayed, and the way from there to the direct path; the hub that relayed at first, if one did."""
+        """The first ping, relayed, and the way from there to the direct path; the hub that relayed it, or nothing."""
         stage, story, figures, wire = self.stage, self.story, self.figures, self.wire
         story.chapter("The first ping ever between them")
         traffic = self._traffic(answer=True)
