@@ -93,7 +93,9 @@ def nft_script(prefixes: dict[str, tuple[IpNetwork, ...]]) -> str:
 
 def iptables_script(prefixes: dict[str, tuple[IpNetwork, ...]], version: int) -> str:
     """Input of iptables-restore: the chain, flushed and filled in one go."""
-    lines = ["*raw", f":{CHAIN} - [0:0]", f"-A {CHAIN} -i lo -j RETURN"]
+    lines = ["*raw", f":{CHAIN} - [0:0]"]
+    if prefixes:
+        lines.append(f"-A {CHAIN} -i lo -j RETURN")
     for device, networks in sorted(prefixes.items()):
         lines += [f"-A {CHAIN} ! -i {device} -s {net} -j DROP" for net in networks if net.version == version]
     return "\n".join([*lines, "COMMIT"]) + "\n"
