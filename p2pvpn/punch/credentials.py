@@ -16,6 +16,8 @@ UFRAG_BYTES = 6
 PASSWORD_BYTES = 18
 """24 characters, 144 bits (RFC 8445 section 5.3 asks for 128)."""
 MIN_UFRAG_CHARS = 8
+MIN_REMOTE_UFRAG_CHARS = 4
+"""What RFC 8839 section 5.4 allows; ours are longer."""
 MIN_PASSWORD_CHARS = 22
 MAX_CHARS = 256
 ICE_CHARS = frozenset(string.ascii_letters + string.digits + "+/")
@@ -32,8 +34,8 @@ class IceCredentials:
     remote_password: Secret
 
     def __post_init__(self) -> None:
-        for ufrag in (self.local_ufrag, self.remote_ufrag):
-            _check("username fragment", ufrag, MIN_UFRAG_CHARS)
+        _check("username fragment", self.local_ufrag, MIN_UFRAG_CHARS)
+        _check("username fragment", self.remote_ufrag, MIN_REMOTE_UFRAG_CHARS)
         for password in (self.local_password, self.remote_password):
             _check("password", password.reveal().decode("latin-1"), MIN_PASSWORD_CHARS)
 
