@@ -10,7 +10,6 @@ from aioice import stun as codec
 from .address import Endpoint
 from .datagram import STUN_COOKIE, STUN_HEADER_BYTES
 from .errors import TrustError, WireError
-from .wire import Reader
 
 Message = codec.Message
 Class = codec.Class
@@ -102,19 +101,20 @@ def username_untrusted(data: bytes) -> bytes | None:
 
 def _attributes_untrusted(data: bytes) -> Iterator[tuple[int, bytes]]:
     """Type and value of each attribute (RFC 8489 sections 5 and 14); each step consumes at least 4 bytes."""
-    reader = Reader(data)
-    kind = reader.u16()
-    length = reader.u16()
-    if kind >> 14 or reader.take(4) != STUN_COOKIE:
+    end = len(data)
+    if end < STUN_HEADER_BYTES or data[0] >> 6 or data[4:8] != STUN_COOKIE:
         raise WireError("not a STUN message")
-    if length % 4 or length != len(data) - STUN_HEADER_BYTES:
-        raise WireError(f"a STUN length of {length} in {len(data)} bytes")
-    reader.take(TRANSACTION_ID_BYTES)
-    while reader.left:
-        kind = reader.u16()
-        size = reader.u16()
-        value = reader.take(size)
-        reader.take(-size % 4)
+    length = int.from_bytes(data[2:4], "big")
+    if length % 4 or length != end - STUN_HEADER_BYTES:
+        raise WireError(f"a STUN length of {length} in {end} bytes")
+    at = STUN_HEADER_BYTES
+    while at < end:
+        head = int.from_bytes(data[at : at + 4], "big")
+        kind, size = head >> 16, head & 0xFFFF
+        value = data[at + 4 : at + 4 + size]
+        at += 4 + size + -size % 4
+        if at > end:
+            raise WireError(f"attribute {kind:#06x} ends behind the message")
         yield kind, value
 
 
