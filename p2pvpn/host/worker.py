@@ -64,6 +64,8 @@ class Worker:
         self._networks: dict[str, Tun] = {}
         self._answers: deque[bytes] = deque()
         self._lost: Counter[str] = Counter()
+        self._buffer = bytearray(MAX_DATAGRAM_BYTES)
+        self._view = memoryview(self._buffer)
         self._alive = True
         self._waits_for_room = False
         self._epoll = select.epoll()
@@ -121,13 +123,13 @@ class Worker:
             self._lost["device refused"] += 1
 
     def _on_esp(self, sock: socket.socket) -> None:
-        take, receive = self._take, sock.recvmsg
+        take, receive, into, view = self._take, sock.recvmsg_into, [self._buffer], self._view
         is_ipv6 = sock.family == socket.AF_INET6
         now = time.monotonic()
         left = BATCH
         while left > 0:
             try:
-                data, control, _, source = receive(MAX_DATAGRAM_BYTES, ANCILLARY_BYTES)
+                length, control, _, source = receive(into, ANCILLARY_BYTES)
             except BlockingIOError:
                 return
             except OSError:
@@ -136,12 +138,9 @@ class Worker:
             if is_ipv6:
                 source = source[:2]
             size, ecn = received(control)
-            if not size or size >= len(data):
-                take(source, data, now, ecn)
-                left -= 1
-                continue
-            for at in range(0, len(data), size):
-                take(source, data[at : at + size], now, ecn)
+            left -= 1
+            for at in range(0, length, size or length or 1):
+                take(source, bytes(view[at : min(at + size, length) if size else length]), now, ecn)
                 left -= 1
 
     def _take(self, source: tuple[str, int], data: bytes, now: float, ecn: int) -> None:
