@@ -125,7 +125,10 @@ class IkeEndpoint:
         return sa.id, self._collect(sa, now)
 
     def move(self, sa_id: int, path: Path, now: float) -> list[Output]:
-        """MOBIKE to another path, for the original initiator alone. Ends in SaMoved or MoveFailed."""
+        """MOBIKE to another path, for the original initiator alone. Ends in SaMoved or MoveFailed.
+
+        To the path in use: the peer learns where a NAT makes us appear now; only a failure is told.
+        """
         return self._with(sa_id, now, lambda sa: sa.move(path, now))
 
     def adopt(self, sa_id: int, path: Path, now: float) -> list[Output]:

@@ -286,7 +286,9 @@ class IkeSa:
         changed = path != self.path
         self._hinted = None
         self.path = path
-        self._redirect(path, self.local.settings.tries, now)
+        waiting = self.requests.outstanding
+        if waiting is not None and waiting.path != path:
+            self._redirect(path, self.local.settings.tries, now)
         if changed:
             for child_id in self.children:
                 self.emit(MoveChild(self.id, child_id, path))
@@ -306,8 +308,9 @@ class IkeSa:
             self.requests.add_first(UpdateAddresses())
 
     def _redirect(self, path: Path, limit: int, now: float) -> None:
+        """The request under way goes out over this path at once, with fresh tries."""
         waiting = self.requests.outstanding
-        if waiting is not None and waiting.path != path:
+        if waiting is not None:
             waiting.path, waiting.limit, waiting.sent = path, limit, 0
             self._send_outstanding(now)
 

@@ -109,7 +109,7 @@ def test_a_move_away_from_a_dead_path_takes_waiting_requests_along():
     assert len(alice.events(Informed)) == 1
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("routable", [False, True])
 def test_moves_survive_loss_and_both_sides_agree(seed, routable):
     world, alice, bob = up(seed, routable=lambda endpoint: routable, move_tries=10, tries=10)
@@ -144,6 +144,57 @@ def test_a_move_back_at_once_is_no_move():
     alice.do("move", alice.sa, Path(alice.address, bob.address), world.now)
     world.run(5)
     assert_on(alice, bob, alice.address)
+
+
+def rebound(world, alice, bob) -> Endpoint:
+    """From now on a NAT makes alice appear elsewhere, and nothing else reaches her."""
+    public = Endpoint.of("198.51.100.99", 31000)
+    alice.addresses.add(public)
+
+    def translate(path):
+        if path.local == alice.address:
+            return Path(public, path.remote)
+        return Path(path.local, alice.address) if path.remote == public else Path(path.local, Endpoint("0.0.0.0", 9))
+
+    world.nat = translate
+    return public
+
+
+def test_a_move_to_the_path_in_use_tells_the_peer_where_a_nat_put_us():
+    world, alice, bob = up()
+    public = rebound(world, alice, bob)
+    bob.do("inform", bob.sa, [Notify(40961, b"lost at first")], world.now)
+    world.run(2)
+    alice.do("move", alice.sa, Path(alice.address, bob.address), world.now)
+    world.run(2)
+    assert bob.ike.view(bob.sa).path == Path(bob.address, public)
+    assert set(bob.paths.values()) == {Path(bob.address, public)}
+    assert alice.events(Informed)
+    assert not alice.events(MoveFailed)
+    assert alice.ike.view(alice.sa).path == Path(alice.address, bob.address)
+
+
+def test_a_move_to_the_path_in_use_when_it_is_dead_ends_the_sa():
+    world, alice, bob = up()
+    world.fate = lambda path, data: ()
+    alice.do("move", alice.sa, Path(alice.address, bob.address), world.now)
+    world.run(10)
+    assert alice.events(MoveFailed)
+    world.run(60)
+    assert alice.events(SaClosed)
+    assert not alice.installed
+
+
+def test_a_peer_without_a_use_for_the_new_addresses_says_so_and_nothing_moves():
+    world, alice, bob = up()
+    world.fate = lambda path, data: () if OTHER in path else (0.01,)
+    alice.do("move", alice.sa, from_other(bob), world.now)
+    evil = Evil(bob, bob.sa, alice)
+    refusal = chain_of(Notify(NotifyType.UNACCEPTABLE_ADDRESSES))
+    evil.give(evil.packet(37, *refusal, message_id=2, response=True))
+    (failed,) = alice.events(MoveFailed)
+    assert failed.reason == "the peer says UNACCEPTABLE_ADDRESSES"
+    assert alice.ike.view(alice.sa).path == Path(alice.address, bob.address)
 
 
 def test_only_the_original_initiator_moves():

@@ -387,3 +387,25 @@ def test_without_credentials_nobody_answers():
     world.run(30)
     assert not bob.log
     assert alice.events(SaFailed)
+
+
+def test_a_credential_that_cannot_sign_for_this_peer_fails_with_its_reason():
+    world = World()
+    alice = world.host("alice", "192.0.2.1", member("alice", schemes=()))
+    bob = world.host("bob", "192.0.2.2", member("bob"))
+    alice.initiate(bob, tag=1)
+    world.run(1)
+    (failed,) = alice.events(SaFailed)
+    assert "signature schemes" in failed.reason
+    assert not failed.timed_out
+    world.run(40)
+    assert not alice.ike.sa_ids()
+    assert not bob.ike.sa_ids()
+
+
+def test_a_timer_that_is_put_off_again_and_again_is_kept_once():
+    world, alice, _ = up()
+    for _ in range(500):
+        alice.do("heard", alice.sa, world.now)
+        world.run(0.01)
+    assert len(alice.ike._deadlines) <= 2
