@@ -1,0 +1,101 @@
+"""Upgrades and fall-backs in a row, under numbered traffic: what each change of path costs.
+
+A wall at the Internet's router drops packets between the two homes while leaving both their ways to the hubs: the
+peers fall back to the relay. Without the wall they find the direct path again. Packets in flight when the wall goes up
+are lost, and as many as it takes to notice; an upgrade must lose none.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from .net import Lab
+from .stage import Stage
+from .traffic import Flow, Traffic
+
+FALL_BACK_S = 45.0
+UPGRADE_S = 60.0
+"""A path that was lost is tried again with growing pauses."""
+SETTLE_S = 1.0
+_WALL = """table ip wall {{
+  chain forward {{
+    type filter hook forward priority 0;
+    ip saddr {one} ip daddr {other} drop
+    ip saddr {other} ip daddr {one} drop
+  }}
+}}
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One fall-back and the upgrade after it: packets lost by each, of both directions, and how long each took."""
+
+    fall_back_s: float
+    lost_at_fall_back: int
+    upgrade_s: float
+    lost_at_upgrade: int
+
+
+def connect(lab: Lab, stage: Stage) -> dict[str, str]:
+    """Make the network, let both peers join and meet directly; their overlay addresses."""
+    secret = stage.root / "passphrase"
+    secret.write_text(os.urandom(16).hex())
+    passphrase = ("--passphrase-file", str(secret))
+    stage.cli(stage.admin, "network", "create", "home", *passphrase)
+    for number, hub in enumerate(stage.hubs, start=1):
+        options = ("--name", str(hub), "--hub", f"192.0.2.{number}", "--issuer")
+        stage.cli(hub, "join", stage.line(stage.admin, "grant", stage.line(hub, "request"), *options, *passphrase))
+    overlay = {}
+    for name, home in stage.homes.items():
+        overlay[name] = str(
+            stage.ask(home.peer, "join", str(stage.ask(stage.hubs[0], "invite", name)["token"]))["overlay"]
+        )
+    stage.wait("an answer", lambda: bool(stage.a.ping(overlay["b"])), 30.0, lambda: "none", stage.a, stage.b)
+    _await_path(stage, "direct", UPGRADE_S)
+    return overlay
+
+
+def switch(
+    lab: Lab, stage: Stage, overlay: dict[str, str], directory: Path, *, rounds: int, rate: float
+) -> list[Round]:
+    """Put the wall up and take it down `rounds` times. Raises Seen when a path does not come."""
+    one, other = (home.public for home in stage.homes.values())
+    results = []
+    for number in range(rounds):
+        ends = ((stage.a, overlay["a"]), (stage.b, overlay["b"]))
+        traffic = Traffic(ends, directory, rate=rate, port=8000 + number)
+        traffic.go()
+        time.sleep(SETTLE_S)
+        walled = time.time()
+        lab.internet.nft(_WALL.format(one=one, other=other))
+        _await_path(stage, "relayed", FALL_BACK_S)
+        relayed = time.time()
+        time.sleep(SETTLE_S)
+        opened = time.time()
+        lab.internet.nft("delete table ip wall")
+        _await_path(stage, "direct", UPGRADE_S)
+        direct = time.time()
+        time.sleep(SETTLE_S)
+        flows = traffic.stop()
+        results.append(
+            Round(relayed - walled, _lost(flows, 0.0, opened), direct - opened, _lost(flows, opened, direct + 60))
+        )
+    return results
+
+
+def _lost(flows: tuple[Flow, Flow], since: float, until: float) -> int:
+    return sum(1 for flow in flows for number in flow.lost() if since <= flow.sent_at[number] < until)
+
+
+def _await_path(stage: Stage, path: str, timeout_s: float) -> None:
+    def there() -> bool:
+        return stage.path(stage.a, "b") == stage.path(stage.b, "a") == path
+
+    def seen() -> str:
+        return f"a says {stage.path(stage.a, 'b')}, b says {stage.path(stage.b, 'a')}"
+
+    stage.wait(f"the {path} path", there, timeout_s, seen, stage.a, stage.b)
