@@ -75,8 +75,8 @@ class Credential:
 
     `network` labels its Child SAs and events. `certificates` are DER, leaf first; empty with `psk`. `authorities` are
     SHA-1 hashes of the SubjectPublicKeyInfo of the authorities we accept, for CERTREQ. `verify` turns the peer's ID and
-    its certificates (none with `psk`) into an identity and raises TrustError; it also matches the ID against the
-    certificate. `auth_notifies` gives status notifications to add to our IKE_AUTH message, in either role.
+    its certificates (none with `psk`) into an identity and raises TrustError or WireError; it also matches the ID
+    against the certificate. `auth_notifies` gives status notifications to add to our IKE_AUTH message, in either role.
     """
 
     network: str

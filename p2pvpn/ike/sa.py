@@ -42,7 +42,7 @@ from .rules import rule_for
 from .states import REQUESTS, State, Step, after
 from .tasks.inform import Inform, Probe, delete_request
 from .tasks.init import Handshake, PeerFeatures
-from .tasks.mobike import Move, UpdateAddresses
+from .tasks.mobike import Move, begin_move, fail_move
 from .tasks.responders import RESPONDERS
 from .tasks.task import Received, Refusal, Reply, Task, Verdict
 from .window import Answers, Outstanding, Requests
@@ -149,11 +149,7 @@ class IkeSa:
         if self.state is not State.ESTABLISHED or not self.initiator or not self.peer.mobike:
             self.emit(MoveFailed(self.id, path, "only the original initiator of an established MOBIKE SA moves it"))
             return
-        if self.moving is not None and not self.moving.back and path == self.moving.target:
-            return
-        self.start_move(Move(path), now)
-        if not self.requests.has(UpdateAddresses):
-            self.requests.add_first(UpdateAddresses())
+        begin_move(self, path, now)
         self._pump(now)
 
     def adopt(self, path: Path, now: float) -> None:
@@ -264,22 +260,6 @@ class IkeSa:
         """Where our requests go: the target of a move under way, else the SA's path."""
         return self.path if self.moving is None else self.moving.target
 
-    def start_move(self, move: Move, now: float) -> None:
-        """Requests go to the move's target from now on, the one under way included (RFC 4555 section 3.5)."""
-        self.moving = move
-        settings = self.local.settings
-        self._redirect(move.target, settings.tries if move.back else settings.move_tries, now)
-
-    def settle_move(self, now: float) -> None:
-        """The peer answered over the move's target."""
-        move = self.moving
-        if move is None:
-            return
-        if move.back:
-            self.moving = None
-        elif self.switch(move.target, now):
-            self.emit(SaMoved(self.id, move.target))
-
     def switch(self, path: Path, now: float) -> bool:
         """Send over this path from now on; whether that is a change."""
         self.moving = None
@@ -288,26 +268,14 @@ class IkeSa:
         self.path = path
         waiting = self.requests.outstanding
         if waiting is not None and waiting.path != path:
-            self._redirect(path, self.local.settings.tries, now)
+            self.redirect(path, self.local.settings.tries, now)
         if changed:
             for child_id in self.children:
                 self.emit(MoveChild(self.id, child_id, path))
             self._set_keepalive(now)
         return changed
 
-    def fail_move(self, reason: str, now: float) -> None:
-        """Back to the path that was never left."""
-        move = self.moving
-        if move is None or move.back:
-            self.moving = None
-            return
-        if self.initiator:
-            self.emit(MoveFailed(self.id, move.target, reason))
-        self.start_move(Move(self.path, back=True), now)
-        if self.initiator and not self.requests.has(UpdateAddresses) and self.requests.outstanding is None:
-            self.requests.add_first(UpdateAddresses())
-
-    def _redirect(self, path: Path, limit: int, now: float) -> None:
+    def redirect(self, path: Path, limit: int, now: float) -> None:
         """The request under way goes out over this path at once, with fresh tries."""
         waiting = self.requests.outstanding
         if waiting is not None:
@@ -350,7 +318,7 @@ class IkeSa:
         if waiting.sent < waiting.limit:
             self._send_outstanding(now)
         elif self.moving is not None and not self.moving.back:
-            self.fail_move("no answer over the new path", now)
+            fail_move(self, "no answer over the new path", now)
         else:
             self.requests.outstanding = None
             waiting.task.gave_up(self, now)

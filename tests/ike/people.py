@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import NameOID
 
-from p2pvpn.core.errors import TrustError
+from p2pvpn.core.errors import TrustError, WireError
 from p2pvpn.core.secret import Secret
 from p2pvpn.core.selector import Selector
 from p2pvpn.crypto import signatures
@@ -136,8 +136,11 @@ def credential(
     def verify(identity: IkeId, chain: tuple[bytes, ...]) -> RemoteIdentity:
         try:
             cert = x509.load_der_x509_certificate(chain[0])
+        except (ValueError, x509.InvalidVersion):
+            raise WireError("not a certificate") from None
+        try:
             cert.verify_directly_issued_by(root)
-        except (ValueError, InvalidSignature, TypeError):
+        except (ValueError, TypeError, InvalidSignature):
             raise TrustError("not one of ours") from None
         if identity not in _names(cert):
             raise TrustError(f"{identity} is not in the certificate")

@@ -199,15 +199,23 @@ def _verify(sa: IkeSa, credential: Credential, identity: IkeId, message: Message
         if credential.psk is None or (sa.initiator and credential.certificates):
             raise TrustError("a shared secret where a certificate is wanted")
         verify_shared_key(keys.prf, credential.psk, auth, octets)
-        return credential.verify(identity, ())
+        return _identify(credential, identity, ())
     chain = tuple(one.data for one in message.all(Certificate) if one.encoding == CERT_X509_SIGNATURE)
     if not chain or not credential.certificates:
         raise TrustError("a signature without a certificate, or where a shared secret is wanted")
-    remote = credential.verify(identity, chain)
+    remote = _identify(credential, identity, chain)
     if remote.key is None:
         raise TrustError("no key to verify with")
     verify_signature(remote.key, auth, octets)
     return remote
+
+
+def _identify(credential: Credential, identity: IkeId, chain: tuple[bytes, ...]) -> RemoteIdentity:
+    """By the credential. A certificate that does not parse is as bad as one that is not trusted, and looks the same."""
+    try:
+        return credential.verify(identity, chain)
+    except WireError as problem:
+        raise TrustError(str(problem)) from None
 
 
 def _prove(sa: IkeSa, credential: Credential, *, shared_key: bool) -> Authentication:

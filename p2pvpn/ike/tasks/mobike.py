@@ -21,7 +21,7 @@ from p2pvpn.ike.config import IkeSettings
 from p2pvpn.ike.message import notifications
 from p2pvpn.ike.nat import HASH_BYTES, detection_notifies, local_nat
 from p2pvpn.ike.notifies import Notify, NotifyType
-from p2pvpn.ike.outputs import SaMoved
+from p2pvpn.ike.outputs import MoveFailed, SaMoved
 from p2pvpn.ike.payloads import Payload
 
 from .task import Received, Task, Verdict
@@ -39,6 +39,35 @@ class Move:
 
     target: Path
     back: bool = False
+
+
+def begin_move(sa: IkeSa, path: Path, now: float) -> None:
+    """The original initiator wants this path."""
+    if sa.moving is not None and not sa.moving.back and path == sa.moving.target:
+        return
+    _start(sa, Move(path), now)
+    if not sa.requests.has(UpdateAddresses):
+        sa.requests.add_first(UpdateAddresses())
+
+
+def fail_move(sa: IkeSa, reason: str, now: float) -> None:
+    """Back to the path that was never left."""
+    move = sa.moving
+    if move is None or move.back:
+        sa.moving = None
+        return
+    if sa.initiator:
+        sa.emit(MoveFailed(sa.id, move.target, reason))
+    _start(sa, Move(sa.path, back=True), now)
+    if sa.initiator and not sa.requests.has(UpdateAddresses) and sa.requests.outstanding is None:
+        sa.requests.add_first(UpdateAddresses())
+
+
+def _start(sa: IkeSa, move: Move, now: float) -> None:
+    """Requests go to the move's target from now on, the one under way included (section 3.5)."""
+    sa.moving = move
+    settings = sa.local.settings
+    sa.redirect(move.target, settings.tries if move.back else settings.move_tries, now)
 
 
 class _PathTask(Task):
@@ -60,7 +89,9 @@ class _PathTask(Task):
         if move is None:
             return
         if move.target == self._built_for:
-            sa.settle_move(now)
+            sa.moving = None
+            if not move.back and sa.switch(move.target, now):
+                sa.emit(SaMoved(sa.id, move.target))
         elif not sa.requests.has(type(again)):
             sa.requests.add_first(again)
 
@@ -76,7 +107,7 @@ class UpdateAddresses(_PathTask):
     def answered(self, sa: IkeSa, received: Received, now: float) -> Verdict:
         error = received.message.error
         if error is not None:
-            sa.fail_move(f"the peer says {error}", now)
+            fail_move(sa, f"the peer says {error}", now)
             return Verdict.DONE
         behind = local_nat(received.message, sa.spi_i, sa.spi_r, received.path)
         if behind is not None:
@@ -120,7 +151,7 @@ def answer_update(sa: IkeSa, received: Received, then: list[Output], now: float)
         if sa.switch(received.path, now):
             then.append(SaMoved(sa.id, received.path))
         return answer
-    sa.start_move(Move(received.path), now)
+    _start(sa, Move(received.path), now)
     if not sa.requests.has(ProveRoute):
         sa.requests.add_first(ProveRoute(sa.local.entropy(COOKIE2_BYTES)))
     return answer
