@@ -23,7 +23,10 @@ COMMAND_S = 0.000_2
 
 
 class SimPlane:
-    """mesh.ports.Plane. `stacks` are the open networks; `engine.drops` says what was refused and why."""
+    """mesh.ports.Plane. `stacks` are the open networks; `engine.drops` says what was refused and why.
+
+    `sealed` and `opened` count ESP packets.
+    """
 
     on_trapped: Callable[[str, bytes], None]
     on_moved: Callable[[int, Endpoint], None]
@@ -33,6 +36,8 @@ class SimPlane:
         self.on_moved = _ignore_moved
         self.engine = EspEngine()
         self.stacks: dict[str, OverlayStack] = {}
+        self.sealed = 0
+        self.opened = 0
         self._send = send
         self._closed = False
 
@@ -96,6 +101,7 @@ class SimPlane:
         loop = asyncio.get_running_loop()
         match self.engine.outbound(network, packet, loop.time()):
             case Sealed(path, datagram, _, more):
+                self.sealed += 1 + len(more)
                 self._send(path, datagram)
                 for other in more:
                     self._send(path, other)
@@ -116,6 +122,7 @@ class SimPlane:
         if isinstance(outcome, Refused):
             return
         assert isinstance(outcome, Delivered)
+        self.opened += 1
         if outcome.moved is not None:
             loop.call_soon(self.on_moved, outcome.child_id, outcome.moved)
         stack = self.stacks.get(outcome.network)
