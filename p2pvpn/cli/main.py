@@ -65,9 +65,8 @@ def cli() -> None:
 def main() -> None:
     """Entry point: errors of ours become one sentence and a hint, never a traceback."""
     try:
-        cli.main(standalone_mode=False)
-    except click.exceptions.Exit as done:
-        sys.exit(done.exit_code)
+        code = cli.main(standalone_mode=False)  # what a command gave to ctx.exit, or its own result
+        sys.exit(code if isinstance(code, int) else 0)
     except click.Abort:
         click.echo("aborted", err=True)
         sys.exit(130)

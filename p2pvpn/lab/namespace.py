@@ -14,8 +14,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import signal
+import socket
+import struct
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +34,8 @@ MS_NOSUID_NODEV_NOEXEC = 0x2 | 0x4 | 0x8
 MS_REC_PRIVATE = 0x4000 | 0x40000
 PR_SET_PDEATHSIG = 1
 CAP_SYS_ADMIN = 21
+SIOCSIFFLAGS = 0x8914
+IFF_UP = 1
 
 INSIDE = "P2PVPN_INSIDE_LAB"
 """Environment variable that is set in a laboratory."""
@@ -123,6 +128,7 @@ def _init(report: int) -> None:
     try:
         die_with_parent(0)
         _mount_private()
+        _raise_loopback()
         os.environ[INSIDE] = "1"
         worker = os.fork()
         if worker == 0:
@@ -148,6 +154,12 @@ def _unshare() -> None:
     Path("/proc/self/setgroups").write_text("deny")
     Path("/proc/self/uid_map").write_text(f"0 {uid} 1")
     Path("/proc/self/gid_map").write_text(f"0 {gid} 1")
+
+
+def _raise_loopback() -> None:
+    """A new network namespace has its loopback device down: bring it up (SIOCSIFFLAGS of netdevice(7))."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        fcntl.ioctl(sock, SIOCSIFFLAGS, struct.pack("16sH14x", b"lo", IFF_UP))
 
 
 def _mount_private() -> None:

@@ -38,6 +38,8 @@ class Round:
     lost_at_fall_back: int
     upgrade_s: float
     lost_at_upgrade: int
+    gap_s: float
+    """The longest time without an arrival in either direction: what the fall-back cost."""
 
 
 def connect(lab: Lab, stage: Stage) -> dict[str, str]:
@@ -60,14 +62,14 @@ def connect(lab: Lab, stage: Stage) -> dict[str, str]:
 
 
 def switch(
-    lab: Lab, stage: Stage, overlay: dict[str, str], directory: Path, *, rounds: int, rate: float
+    lab: Lab, stage: Stage, overlay: dict[str, str], directory: Path, *, rounds: int, rate: float, port: int = 8000
 ) -> list[Round]:
     """Put the wall up and take it down `rounds` times. Raises Seen when a path does not come."""
     one, other = (home.public for home in stage.homes.values())
     results = []
     for number in range(rounds):
         ends = ((stage.a, overlay["a"]), (stage.b, overlay["b"]))
-        traffic = Traffic(ends, directory, rate=rate, port=8000 + number)
+        traffic = Traffic(ends, directory, rate=rate, port=port + number)
         traffic.go()
         time.sleep(SETTLE_S)
         walled = time.time()
@@ -82,7 +84,13 @@ def switch(
         time.sleep(SETTLE_S)
         flows = traffic.stop()
         results.append(
-            Round(relayed - walled, _lost(flows, 0.0, opened), direct - opened, _lost(flows, opened, direct + 60))
+            Round(
+                relayed - walled,
+                _lost(flows, 0.0, opened),
+                direct - opened,
+                _lost(flows, opened, direct + 60),
+                max(flow.longest_gap_s() for flow in flows),
+            )
         )
     return results
 

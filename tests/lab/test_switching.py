@@ -1,4 +1,4 @@
-"""Relay to direct and back, again and again, at 1,000 packets a second each way."""
+"""Relay to direct and back at 1,000 packets a second each way; `make upgrades` does it twenty times."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from p2pvpn.lab.switching import connect, switch
 
 @pytest.mark.netns
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_20_upgrades_in_a_row_lose_nothing(lab: Lab, tmp_path: Path) -> None:
+@pytest.mark.timeout(180)
+def test_upgrades_in_a_row_lose_nothing(lab: Lab, tmp_path: Path) -> None:
     nats = dict.fromkeys(("a", "b"), NatKind.PORT_RESTRICTED)
     stage = Stage(lab, tmp_path, hubs=2, nats=nats, rtt_ms=30, plane="auto")
-    rounds = switch(lab, stage, connect(lab, stage), tmp_path, rounds=20, rate=1000)
-    assert len(rounds) == 20
-    assert [one.lost_at_upgrade for one in rounds] == [0] * 20
+    rounds = switch(lab, stage, connect(lab, stage), tmp_path, rounds=3, rate=1000)
+    assert [one.lost_at_upgrade for one in rounds] == [0, 0, 0]
