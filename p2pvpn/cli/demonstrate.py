@@ -20,7 +20,7 @@ def demo(ctx: click.Context, nat_a: str, nat_b: str, hubs: int, rtt: int, plane:
 
     Everything happens in namespaces of its own; nothing of it stays.
     """
-    from p2pvpn.lab import demo as story
+    from p2pvpn.lab.demo import DemoOptions, main
 
-    options = story.DemoOptions(nat_a=nat_a, nat_b=nat_b, hubs=hubs, rtt_ms=rtt, plane=plane, json_file=json_file)
-    ctx.exit(story.main(options))
+    options = DemoOptions(nat_a=nat_a, nat_b=nat_b, hubs=hubs, rtt_ms=rtt, plane=plane, json_file=json_file)
+    ctx.exit(main(options))
