@@ -127,6 +127,8 @@ class IkeSettings:
     retry_s: float = 0.5
     """Before the first retransmission: well above any round trip that is worth using."""
     retry_factor: float = 1.8
+    early_s: float = 0.25
+    """Before a retransmission that is not counted, while the round trip is unknown; then it follows the round trip."""
     setup_tries: int = 6
     """Transmissions of a request in set-up: gives up after 0.5 (1.8^6 - 1) / 0.8 = 20.6 s."""
     tries: int = 6

@@ -143,6 +143,10 @@ class IkeEndpoint:
         """A liveness check now: Liveness, or in the end SaClosed."""
         return self._with(sa_id, now, lambda sa: sa.probe(now))
 
+    def resend(self, sa_id: int, now: float) -> list[Output]:
+        """The way to the peer is open from now on: send the request under way once more."""
+        return self._with(sa_id, now, lambda sa: sa.resend(now))
+
     def heard(self, sa_id: int, now: float) -> list[Output]:
         """ESP of this SA arrived: puts the next liveness check off."""
         return self._with(sa_id, now, lambda sa: sa.heard(now))

@@ -315,7 +315,11 @@ class IkeSa:
         waiting = self.requests.outstanding
         if waiting is None:
             return
-        if waiting.sent < waiting.limit:
+        early_s = self.requests.is_early(self.local.settings)
+        if early_s is not None:
+            self._transmit(waiting.path, waiting.packets)
+            self._timers.set(Timer.RETRANSMIT, now + early_s)
+        elif waiting.sent < waiting.limit:
             self._send_outstanding(now)
         elif self.moving is not None and not self.moving.back:
             fail_move(self, "no answer over the new path", now)
@@ -361,8 +365,14 @@ class IkeSa:
         assert waiting is not None
         waiting.sent += 1
         self._transmit(waiting.path, waiting.packets)
-        settings = self.local.settings
-        self._timers.set(Timer.RETRANSMIT, now + self.requests.interval(settings.retry_s, settings.retry_factor))
+        self._timers.set(Timer.RETRANSMIT, now + self.requests.begin_wait(self.local.settings, now))
+
+    def resend(self, now: float) -> None:
+        """The path works from now on only: the request under way, once more."""
+        waiting = self.requests.outstanding
+        if waiting is not None:
+            self._transmit(waiting.path, waiting.packets)
+            self._timers.set(Timer.RETRANSMIT, now + self.requests.begin_wait(self.local.settings, now))
 
     def _header(self, exchange: int, message_id: int, *, response: bool) -> Header:
         return Header(self.spi_i, self.spi_r, exchange, self.initiator, response, message_id)
@@ -398,6 +408,7 @@ class IkeSa:
         if received is None:
             return
         self._note(received, now)
+        self.requests.answered(now)
         self.requests.outstanding = None
         try:
             verdict = waiting.task.answered(self, received, now)

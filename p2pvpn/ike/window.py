@@ -16,8 +16,11 @@ from p2pvpn.core.errors import LocalError
 from p2pvpn.core.limits import TokenBucket
 
 if TYPE_CHECKING:
+    from .config import IkeSettings
     from .tasks.task import Task
 
+MIN_EARLY_S, MARGIN_S = 0.1, 0.05
+"""The first retransmission comes 1.5 round trips and a margin after the request, and not sooner than this."""
 MAX_RESENDS_PER_S = 5.0
 """Stored answers sent again, per SA: a replayed old request must not make us an amplifier."""
 
@@ -32,16 +35,21 @@ class Outstanding:
     path: Path
     limit: int
     sent: int = 0
+    sent_at: float = 0.0
+    early: bool = False
+    """Whether the retransmission comes that is not counted: soon after the answer is due."""
 
 
 class Requests:
     """Our requests."""
 
-    __slots__ = ("_max", "_queue", "next_id", "outstanding")
+    __slots__ = ("_max", "_queue", "next_id", "outstanding", "rtt_s")
 
     def __init__(self, queue_max: int) -> None:
         self.next_id = 0
         self.outstanding: Outstanding | None = None
+        self.rtt_s: float | None = None
+        """Round trip of the last request that was answered without a retransmission, the peer's work included."""
         self._queue: deque[Task] = deque()
         self._max = queue_max
 
@@ -72,10 +80,33 @@ class Requests:
     def clear_queue(self) -> None:
         self._queue.clear()
 
-    def interval(self, retry_s: float, factor: float) -> float:
-        """Seconds until the next retransmission of the request under way."""
-        sent = self.outstanding.sent if self.outstanding is not None else 1
-        return retry_s * factor ** (sent - 1)
+    def begin_wait(self, settings: IkeSettings, now: float) -> float:
+        """A request was sent once more: seconds until its retransmission.
+
+        Patience is counted in tries at long intervals. The first of them begins with one retransmission more, which is
+        not counted: a lost packet costs about a round trip then.
+        """
+        waiting = self.outstanding
+        assert waiting is not None
+        interval_s = settings.retry_s * settings.retry_factor ** (waiting.sent - 1)
+        waiting.sent_at = now
+        early_s = settings.early_s if self.rtt_s is None else max(MIN_EARLY_S, 1.5 * self.rtt_s + MARGIN_S)
+        waiting.early = waiting.sent == 1 and early_s < interval_s
+        return early_s if waiting.early else interval_s
+
+    def is_early(self, settings: IkeSettings) -> float | None:
+        """The interval after a retransmission that is not counted, None when it is time for one that is."""
+        waiting = self.outstanding
+        if waiting is None or not waiting.early:
+            return None
+        waiting.early = False
+        return settings.retry_s
+
+    def answered(self, now: float) -> None:
+        """The request under way has its answer: learn the round trip if it is clear which transmission it answers."""
+        waiting = self.outstanding
+        if waiting is not None and waiting.sent == 1 and waiting.early:
+            self.rtt_s = now - waiting.sent_at
 
 
 class Answers:

@@ -74,13 +74,42 @@ def test_a_lost_answer_is_sent_again_byte_by_byte():
             assert len(set(packets)) == 1
 
 
+def test_a_packet_lost_in_set_up_costs_little_more_than_a_round_trip():
+    world, alice, bob = pair()
+    lost = []
+
+    def lose_one(path, data):
+        if header(data).exchange == Exchange.IKE_AUTH and not lost:
+            lost.append(data)
+            return ()
+        return (0.025,)
+
+    world.fate = lose_one
+    alice.initiate(bob)
+    world.run(0.100 + 0.126)
+    assert lost
+    assert alice.events(SaEstablished)
+
+
+def test_a_request_is_sent_again_at_once_when_the_way_is_open():
+    world, alice, bob = pair()
+    world.fate = lambda path, data: () if world.now < began + 0.02 else (0.01,)
+    began = world.now
+    alice.initiate(bob)
+    world.run(0.03)
+    (sa,) = alice.ike.sa_ids()
+    alice.do("resend", sa, world.now)
+    world.run(0.15)
+    assert alice.events(SaEstablished)
+
+
 def test_retransmissions_back_off_and_give_up():
     world, alice, bob = pair()
     world.fate = lambda path, data: ()
     began = world.now
     alice.initiate(bob, tag="nobody")
     world.run(20.5)
-    assert len(world.wire) == 6
+    assert len(world.wire) == 7  # six tries, and the early one that is not counted
     assert not alice.events()
     world.run(1)
     (failed,) = alice.events()
