@@ -48,6 +48,8 @@ MAX_LEARNED_FAILURES = 7
 """Rounds after which a path that no candidate names is forgotten: two minutes of backoff."""
 ALTERNATIVES = 2
 """Working paths besides the chosen one that are kept warm."""
+MAX_ATTESTED = 4
+"""Addresses of the peer that hubs attest: of both families, before and after a move."""
 CROSSING_S = 0.005
 """Checks of both sides that cross within this time need no second one."""
 
@@ -95,8 +97,18 @@ class PunchAgent:
         self._closed = False
         self._slot_at: float | None = None
         self._out: list[Output] = []
+        self._attested: BoundedTable[str, None] = BoundedTable(MAX_ATTESTED)
 
     # The session
+
+    def attest(self, host: str) -> None:
+        """A hub says that the peer's tunnel comes from this address: what others leave unanswered there is not the
+        peer's fault (`PunchLimits`)."""
+        self._attested.put(host, None)
+
+    def _session(self, pair: Pair) -> bytes:
+        """Whose count of silence a pair's packets go on."""
+        return self.tag if pair.path.remote.host in self._attested else b""
 
     @property
     def selected(self) -> Path | None:
@@ -263,7 +275,7 @@ class PunchAgent:
                 return
             if self._selected is not None:
                 self._verify(self._selected, now)  # The peer's address changed, perhaps.
-        self._limits.earn(path.remote, now)
+        self._limits.earn(path.remote, now, session=self._session(pair))
         pair.last_check_in_at = now
         if nominated and not self.controlling:
             self._nominations += 1
@@ -311,7 +323,7 @@ class PunchAgent:
         if not _is_symmetric(pair.path, path):
             self._reject(pair, f"the answer came over {path}", now)
             return
-        self._limits.answered(path.remote)
+        self._limits.answered(path.remote, session=self._session(pair))
         self._take_answer(check, now)
         pair.mapped = mapped
         pair.local_kind = self._checks.local_kind(mapped, path.local)
@@ -444,7 +456,9 @@ class PunchAgent:
         self._probe(pair, now)
 
     def _take_silent(self, pair: Pair, now: float) -> bool:
-        return self._limits.take_silent(pair.path.remote, now, permitted=pair.permitted)
+        return self._limits.take_silent(
+            pair.path.remote, now, permitted=pair.permitted, session=self._session(pair)
+        )
 
     def _send(self, pair: Pair, now: float) -> None:
         """One check."""

@@ -3,6 +3,10 @@
 A member can name any address as its candidate. So checks are paced over all sessions, an address that does not answer
 gets few packets whoever names it, and private addresses are tried only where they can mean the peer and not a
 neighbour of ours who happens to have that number. Checks on a path that answers are not held back.
+
+One address may be that of many members, behind a carrier's NAT, and some of them cannot answer. Where a hub attests
+that a peer's tunnel comes from an address, that peer's session has a count of its own there: nobody can aim it at
+anybody else.
 """
 
 from __future__ import annotations
@@ -58,7 +62,7 @@ class PunchLimits:
         self._own_subnets = tuple(own_subnets)
         self._never = tuple(never)
         self._rate = TokenBucket(CHECKS_PER_S, CHECKS_BURST)
-        self._silent: BoundedTable[str, _Silence] = BoundedTable(SILENT_ADDRESSES)
+        self._silent: BoundedTable[tuple[str, bytes], _Silence] = BoundedTable(SILENT_ADDRESSES)
         self._next_start_at = 0.0
 
     def update_subnets(self, own_subnets: Iterable[IpNetwork]) -> None:
@@ -98,28 +102,31 @@ class PunchLimits:
         """Whether a packet to an address that did not answer yet fits the rate."""
         return self._rate.take(now)
 
-    def take_silent(self, target: Endpoint, now: float, *, permitted: bool) -> bool:
+    def take_silent(self, target: Endpoint, now: float, *, permitted: bool, session: bytes = b"") -> bool:
         """Whether a silent address may get one more packet; it is counted then. Counted by address, not by port.
 
-        Without `permitted` it gets only what it earned.
+        Without `permitted` it gets only what it earned. `session` has a count of its own: to be given only for an
+        address that a hub attests for that session's peer.
         """
-        entry = self._entry(target, now)
+        entry = self._entry(target, session, now)
         if entry.sent >= entry.earned + (SILENT_PACKETS if permitted else 0):
             return False
         entry.sent += 1
         return True
 
-    def earn(self, target: Endpoint, now: float) -> None:
+    def earn(self, target: Endpoint, now: float, *, session: bytes = b"") -> None:
         """An authenticated check came from there: it may get one packet for it, so that nobody gets more than came."""
-        self._entry(target, now).earned += 1
+        self._entry(target, session, now).earned += 1
 
-    def answered(self, target: Endpoint) -> None:
+    def answered(self, target: Endpoint, *, session: bytes = b"") -> None:
         """An authenticated answer came from there: it is not silent."""
-        self._silent.pop(target.host)
+        self._silent.pop((target.host, b""))
+        self._silent.pop((target.host, session))
 
-    def _entry(self, target: Endpoint, now: float) -> _Silence:
-        entry = self._silent.get(target.host)
+    def _entry(self, target: Endpoint, session: bytes, now: float) -> _Silence:
+        key = (target.host, session)
+        entry = self._silent.get(key)
         if entry is None or now - entry.since >= SILENCE_S:
             entry = _Silence(now)
-            self._silent.put(target.host, entry)
+            self._silent.put(key, entry)
         return entry

@@ -69,6 +69,17 @@ class TestLimits:
         assert not limits.take_silent(THERE, 1.0 + SILENCE_S - 1, permitted=True)
         assert limits.take_silent(THERE, 1.0 + SILENCE_S, permitted=True)
 
+    def test_an_attested_session_has_a_count_of_its_own_at_an_address_that_others_found_silent(self) -> None:
+        limits = PunchLimits()
+        for _ in range(SILENT_PACKETS):
+            limits.take_silent(THERE, 1.0, permitted=True)
+        assert not limits.take_silent(THERE, 1.0, permitted=True)
+        taken = [limits.take_silent(THERE, 1.0, permitted=True, session=b"peer") for _ in range(40)]
+        assert sum(taken) == SILENT_PACKETS
+        limits.answered(THERE, session=b"peer")
+        assert limits.take_silent(THERE, 1.0, permitted=True, session=b"peer")
+        assert limits.take_silent(THERE, 1.0, permitted=True)
+
     def test_an_answer_ends_the_count_and_a_check_earns_one_packet(self) -> None:
         limits = PunchLimits()
         for _ in range(SILENT_PACKETS):
