@@ -2,17 +2,21 @@
 
 Without this anybody on the same link could send the machine a packet "from" a peer, unencrypted, and the kernel would
 deliver it. The rules sit before connection tracking, so such packets make no state either. nftables is used where it
-is, iptables elsewhere; where neither is, the guard refuses rather than leave the door open.
+works, iptables elsewhere; where neither does, the guard refuses rather than leave the door open.
 
     table inet p2pvpn_guard: prerouting, priority raw: source in a route of the network, device neither the network's
                              nor lo (the machine talking to itself): drop
+
+Where the kernel itself decrypts, packets come out of the device that brought their ESP. There the rule is about those
+that no SA decrypted.
 """
 
 from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from p2pvpn.core.address import IpNetwork
 from p2pvpn.core.errors import LocalError
@@ -21,18 +25,32 @@ TABLE = "p2pvpn_guard"
 CHAIN = "P2PVPN_GUARD"
 
 
+_IPTABLES = (("iptables", "ip6tables"), ("iptables-legacy", "ip6tables-legacy"))
+"""The second for kernels without nf_tables on machines whose iptables is made for that."""
+
+
+class Rule(NamedTuple):
+    """Sources that one device alone may bring; `or_decrypted` lets in what the kernel's IPsec decrypted, too."""
+
+    prefixes: tuple[IpNetwork, ...]
+    or_decrypted: bool = False
+
+    def of(self, version: int) -> list[IpNetwork]:
+        return [prefix for prefix in self.prefixes if prefix.version == version]
+
+
 class Guard:
     """The rules of all networks of this machine. One daemon, one guard."""
 
     def __init__(self) -> None:
-        self._prefixes: dict[str, tuple[IpNetwork, ...]] = {}
+        self._prefixes: dict[str, Rule] = {}
         self._lock = asyncio.Lock()
 
-    async def protect(self, device: str, prefixes: Sequence[IpNetwork]) -> None:
+    async def protect(self, device: str, prefixes: Sequence[IpNetwork], *, or_decrypted: bool = False) -> None:
         """Only `device` may bring packets whose source is in `prefixes`. Raises LocalError when no filter works."""
         async with self._lock:
             former = self._prefixes.get(device)
-            self._prefixes[device] = tuple(prefixes)
+            self._prefixes[device] = Rule(tuple(prefixes), or_decrypted)
             try:
                 await self._apply()
             except LocalError:
@@ -56,14 +74,24 @@ class Guard:
                 await self._apply()
 
     async def _apply(self) -> None:
+        """Try each filter that is installed, until one works."""
+        problem = LocalError("neither nft nor iptables is installed", hint="install nftables")
         if shutil.which("nft"):
-            await _run("nft", "-f", "-", stdin=nft_script(self._prefixes))
-        elif shutil.which("iptables-restore") and shutil.which("ip6tables-restore"):
-            for version, program in ((4, "iptables"), (6, "ip6tables")):
-                await _run(f"{program}-restore", "--noflush", stdin=iptables_script(self._prefixes, version))
-                await self._hook(program)
-        else:
-            raise LocalError("neither nft nor iptables is installed", hint="install nftables")
+            try:
+                return await _run("nft", "-f", "-", stdin=nft_script(self._prefixes))
+            except LocalError as error:
+                problem = error
+        for programs in _IPTABLES:
+            if all(shutil.which(f"{program}-restore") for program in programs):
+                try:
+                    for version, program in zip((4, 6), programs, strict=True):
+                        script = iptables_script(self._prefixes, version)
+                        await _run(f"{program}-restore", "--noflush", stdin=script)
+                        await self._hook(program)
+                    return None
+                except LocalError as error:
+                    problem = error
+        raise problem
 
     async def _hook(self, program: str) -> None:
         """Lead PREROUTING through our chain, once; take chain and lead away when nothing is to be guarded."""
@@ -77,27 +105,30 @@ class Guard:
             await _run(program, "-w", "-t", "raw", "-X", CHAIN)
 
 
-def nft_script(prefixes: dict[str, tuple[IpNetwork, ...]]) -> str:
+def nft_script(rules: Mapping[str, Rule]) -> str:
     """One transaction that replaces the whole table; without devices it only removes it."""
     lines = [f"table inet {TABLE}", f"delete table inet {TABLE}"]
-    if prefixes:
+    if rules:
         lines += [f"table inet {TABLE} {{", "chain prerouting {", "type filter hook prerouting priority raw;"]
-        for device, networks in sorted(prefixes.items()):
+        for device, rule in sorted(rules.items()):
+            plain = "meta ipsec missing " if rule.or_decrypted else ""
             for version, family in ((4, "ip"), (6, "ip6")):
-                members = ", ".join(str(net) for net in networks if net.version == version)
+                members = ", ".join(map(str, rule.of(version)))
                 if members:
-                    lines.append(f'iifname != {{ "lo", "{device}" }} {family} saddr {{ {members} }} counter drop')
+                    match = f'iifname != {{ "lo", "{device}" }} {plain}{family} saddr {{ {members} }}'
+                    lines.append(f"{match} counter drop")
         lines += ["}", "}"]
     return "\n".join(lines) + "\n"
 
 
-def iptables_script(prefixes: dict[str, tuple[IpNetwork, ...]], version: int) -> str:
+def iptables_script(rules: Mapping[str, Rule], version: int) -> str:
     """Input of iptables-restore: the chain, flushed and filled in one go."""
     lines = ["*raw", f":{CHAIN} - [0:0]"]
-    if prefixes:
+    if rules:
         lines.append(f"-A {CHAIN} -i lo -j RETURN")
-    for device, networks in sorted(prefixes.items()):
-        lines += [f"-A {CHAIN} ! -i {device} -s {net} -j DROP" for net in networks if net.version == version]
+    for device, rule in sorted(rules.items()):
+        plain = "-m policy --dir in --pol none " if rule.or_decrypted else ""
+        lines += [f"-A {CHAIN} ! -i {device} {plain}-s {net} -j DROP" for net in rule.of(version)]
     return "\n".join([*lines, "COMMIT"]) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""The machine's links, addresses and routes over rtnetlink; the only importer of pyroute2.
+"""The machine's links, addresses and routes over rtnetlink; with `host.xfrm_messages` the only importer of pyroute2.
 
 Requests go through one `AsyncIPRoute`. Notifications come by a socket of our own whose messages are only looked at for
 what kind they are: they say *that* something changed, and a fresh look at the addresses says what. So nothing queues up
@@ -177,7 +177,7 @@ class Netlink:
         Raises LocalError with what the kernel said.
         """
         _prepare_ipv6(name)
-        index = await self._index(name)
+        index = await self.index(name)
         await self._ask("link", "set", index=index, mtu=mtu, txqlen=_QUEUE_PACKETS, state="up")
         for address in addresses:
             options: dict[str, Any] = {"address": str(address), "prefixlen": address.max_prefixlen}
@@ -189,13 +189,13 @@ class Netlink:
 
     async def add_route(self, name: str, route: IpNetwork) -> None:
         """Send a prefix to the device. Raises LocalError."""
-        await self._ask("route", "replace", dst=str(route), oif=await self._index(name))
+        await self._ask("route", "replace", dst=str(route), oif=await self.index(name))
 
     async def remove_route(self, name: str, route: IpNetwork) -> None:
         """Raises LocalError when there is no such route."""
-        await self._ask("route", "del", dst=str(route), oif=await self._index(name))
+        await self._ask("route", "del", dst=str(route), oif=await self.index(name))
 
-    async def _index(self, name: str) -> int:
+    async def index(self, name: str) -> int:
         found = await self._requests.link_lookup(ifname=name)
         if not found:
             raise LocalError(f"there is no network device {name}")

@@ -23,7 +23,7 @@ DEFAULT_MTU = 1400
 READ_BYTES = 2048
 """More than any packet of a device of MAX_MTU."""
 
-_TUNSETIFF = 0x400454CA
+_TUNSETIFF, _TUNGETIFF = 0x400454CA, 0x800454D2
 _IFF_TUN, _IFF_NO_PI = 0x0001, 0x1000
 _IFREQ = struct.Struct("=16sH22x")
 
@@ -66,6 +66,15 @@ class Tun:
         except OSError:
             return False
         return True
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether somebody removed the device."""
+        try:
+            fcntl.ioctl(self.fd, _TUNGETIFF, bytes(_IFREQ.size))
+        except OSError:
+            return True
+        return False
 
     def close(self) -> None:
         os.close(self.fd)

@@ -33,11 +33,11 @@ class Refusal(Exception):
 class Peer:
     """A process in a node's namespace that has the port and the plane."""
 
-    def __init__(self, node: Node, port: int = PORT) -> None:
+    def __init__(self, node: Node, port: int = PORT, plane: str = "user") -> None:
         self.node = node
         self.events: list[tuple[str, list]] = []
         self.process = node.popen(
-            [sys.executable, "-m", "tools.bench.endpoint", str(port)],
+            [sys.executable, "-m", "tools.bench.endpoint", str(port), plane],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             environment={"PYTHONPATH": str(ROOT)},

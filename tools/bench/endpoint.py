@@ -4,6 +4,8 @@
     out  {"answer": value}                or {"error": text}, one per command
          {"event": name, "arguments": []} trapped, moved, died, change, datagram: whenever they happen
 
+    python -m tools.bench.endpoint PORT [user|kernel]
+
 The benchmark runs it, and the tests that need two machines. SAs are given as base64 of what the daemon tells its
 worker.
 """
@@ -22,6 +24,7 @@ from p2pvpn.core.address import Endpoint, Path
 from p2pvpn.core.child import ChildSa
 from p2pvpn.core.errors import LocalError
 from p2pvpn.host.guard import Guard
+from p2pvpn.host.kernel_plane import KernelPlane
 from p2pvpn.host.netlink import Netlink
 from p2pvpn.host.underlay import Underlay
 from p2pvpn.host.user_plane import UserPlane
@@ -42,9 +45,10 @@ def _say(**fields: Any) -> None:
 class _Endpoint:
     """The port and the plane, and a method per command."""
 
-    def __init__(self, netlink: Netlink, underlay: Underlay, guard: Guard) -> None:
+    def __init__(self, netlink: Netlink, underlay: Underlay, guard: Guard, plane: str) -> None:
         self.netlink, self.underlay, self.guard = netlink, underlay, guard
-        self.plane = UserPlane(underlay.esp_sockets, netlink, guard)
+        kind = KernelPlane if plane == "kernel" else UserPlane
+        self.plane: KernelPlane | UserPlane = kind(underlay.esp_sockets, netlink, guard)
         self.plane.on_trapped = lambda network, packet: _say(event="trapped", arguments=[network, packet.hex()])
         self.plane.on_moved = lambda child_id, source: _say(event="moved", arguments=[child_id, str(source)])
         self.plane.on_died = lambda: _say(event="died", arguments=[])
@@ -123,7 +127,7 @@ _COMMANDS = {
 }
 
 
-async def serve(port: int) -> None:
+async def serve(port: int, plane: str) -> None:
     """Open the port and carry out commands until the standard input ends."""
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader(limit=1 << 20)
@@ -135,7 +139,7 @@ async def serve(port: int) -> None:
         _say(error=str(error))
         netlink.close()
         return
-    endpoint = _Endpoint(netlink, underlay, Guard())
+    endpoint = _Endpoint(netlink, underlay, Guard(), plane)
     _say(answer=underlay.port)
     while line := await reader.readline():
         command, *arguments = json.loads(line)
@@ -149,4 +153,4 @@ async def serve(port: int) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(int(sys.argv[1])))
+    asyncio.run(serve(int(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else "user"))

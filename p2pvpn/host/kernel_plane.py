@@ -1,0 +1,541 @@
+"""The kernel plane: the machine's own IPsec encrypts, behind the `Plane` port of the engine.
+
+    install   in SA, out SA; `in` (and, for what is forwarded, `fwd`) policies accept the SA beside those that stand
+    use       the `out` policies name the SA
+    move      new ports: UPDSA. New addresses: MIGRATE of the SA with its policies; where the kernel cannot (no such
+              option, or no policy names the SA), the SA is made anew with the numbers and the window of the old one
+    remove    `out` policies go back to the SA before, `in` policies accept those left, the SAs go
+
+Each Child SA has a reqid of its own: by a shared one, two peers behind one relay would get each other's packets.
+
+A policy that must accept several SAs names them as optional templates, and then a packet with no SA at all passes it
+too. Plaintext is therefore kept out by the guard, which looks for the mark of decryption, and where one SA stands, as
+nearly always, also by its policy. Encrypting, replay windows and path MTUs are the kernel's.
+
+A daemon that is killed leaves SAs and policies behind, and nothing in the clear: the wide block policies and the
+guard's rules stand with them. The next start removes what is marked as ours.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import ipaddress
+import logging
+import socket
+import struct
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path as FilePath
+
+from p2pvpn.core.address import Endpoint, IpAddress, IpNetwork, Path
+from p2pvpn.core.child import ChildSa
+from p2pvpn.core.datagram import SPI_MARK
+from p2pvpn.core.errors import LocalError
+from p2pvpn.core.selector import Selector
+from p2pvpn.mesh.ports import SaUsage
+
+from .guard import Guard
+from .kernel_trap import SA_PRIORITY, Reinjector, Trap, wide_policies
+from .netlink import Netlink
+from .tun import MAX_MTU, MIN_MTU
+from .xfrm import (
+    MAX_TEMPLATES,
+    REQIDS,
+    Counted,
+    Direction,
+    Flow,
+    Message,
+    Pair,
+    State,
+    Template,
+    Xfrm,
+    XfrmError,
+    XfrmEvents,
+    delete_policy,
+    delete_state,
+    migrate,
+    set_policy,
+    set_state,
+)
+
+log = logging.getLogger(__name__)
+
+MAX_PAIRS = 256
+"""Pairs of prefixes, so policies in each direction, of one Child SA."""
+
+_UDP_ENCAP, _UDP_GRO, _ESPINUDP = 100, 104, 2
+_GONE = (errno.ENOENT, errno.ESRCH)
+
+
+def _ignore(*_: object) -> None:
+    """Before the engine listens."""
+
+
+class _Child:
+    """One installed Child SA, and where its two states are now."""
+
+    __slots__ = ("asked", "base", "child", "flow_in", "flow_out", "last_at", "pairs", "seen", "told")
+
+    def __init__(self, child: ChildSa, pairs: tuple[Pair, ...], path: Path) -> None:
+        self.child = child
+        self.pairs = pairs
+        self.asked = child.path
+        self.flow_out = Flow(path.local, path.remote)
+        self.flow_in = Flow(path.remote, path.local)
+        self.told: Endpoint = path.remote
+        self.base = [0, 0, 0, 0]
+        """Packets and bytes in, packets and bytes out of states that were replaced by a move."""
+        self.seen = [0, 0, 0, 0]
+        self.last_at = [0.0, 0.0]
+        """In and out; loop time of the look that found new packets."""
+
+    @property
+    def reqid(self) -> int:
+        return REQIDS.start + self.child.id % len(REQIDS)
+
+    def state(self, flow: Flow, replay: bytes = b"", *, inbound: bool) -> State:
+        child = self.child
+        spi, key = (child.spi_in, child.key_in) if inbound else (child.spi_out, child.key_out)
+        return State(flow, spi, self.reqid, child.suite, key, child.esn, inbound, replay)
+
+    def keep_counts(self, counted: Sequence[Counted | None]) -> None:
+        """Before a state is replaced by one that counts from zero."""
+        for at, found in zip((0, 2), counted, strict=True):
+            if found is not None:
+                self.base[at] += found.packets
+                self.base[at + 1] += found.octets
+
+
+class _Network:
+    """One network's trap, and the policies around it."""
+
+    __slots__ = ("addresses", "removals", "trap")
+
+    def __init__(self, trap: Trap, addresses: Sequence[IpAddress]) -> None:
+        self.trap = trap
+        self.addresses = frozenset(addresses)
+        self.removals: list[Message] = []
+
+
+class KernelPlane:
+    """Implements `mesh.ports.Plane`. `start` it before anything else; it may be started again after `on_died`."""
+
+    def __init__(self, esp_sockets: Sequence[socket.socket], netlink: Netlink, guard: Guard) -> None:
+        self.on_trapped: Callable[[str, bytes], None] = _ignore
+        self.on_moved: Callable[[int, Endpoint], None] = _ignore
+        self.on_died: Callable[[], None] = _ignore
+        """Somebody removed a device of ours; everything was taken down."""
+        self._esp_sockets = tuple(esp_sockets)
+        self._netlink = netlink
+        self._guard = guard
+        self._loop = asyncio.get_running_loop()
+        self._kernel: Xfrm | None = None
+        self._events: XfrmEvents | None = None
+        self._reinjector: Reinjector | None = None
+        self._networks: dict[str, _Network] = {}
+        self._children: dict[int, _Child] = {}
+        self._by_spi: dict[int, _Child] = {}
+        self._accepting: dict[Pair, list[_Child]] = {}
+        """By the pair in outbound direction: who is accepted, the newest last."""
+        self._sending: dict[Pair, list[_Child]] = {}
+        """By pair: whom `use` was said of, the one in use last."""
+        self._lost: Counter[str] = Counter()
+
+    # ------------------------------------------------------------------ life
+
+    async def start(self) -> None:
+        """Make the ESP sockets the kernel's, and remove what a dead daemon left. Raises LocalError."""
+        if self._kernel is not None:
+            raise LocalError("the kernel plane runs already")
+        kernel = Xfrm()
+        try:
+            left = kernel.clean_up()
+            self._reinjector = Reinjector()
+            for sock in self._esp_sockets:
+                _hand_to_kernel(sock)
+        except BaseException:
+            kernel.close()
+            raise
+        if left:
+            log.info("removed %d SAs and policies that a former daemon left", left)
+        self._kernel = kernel
+        self._events = XfrmEvents(self._on_mapping, self._on_expired)
+        self._netlink.watch(self._on_network_change)
+
+    async def stop(self) -> None:
+        """Take everything down."""
+        if self._kernel is None:
+            return
+        self._netlink.unwatch(self._on_network_change)
+        for network in list(self._networks):
+            await self.close_network(network)
+        for sock in self._esp_sockets:
+            with contextlib.suppress(OSError):  # closed before us
+                sock.setsockopt(socket.IPPROTO_UDP, _UDP_ENCAP, struct.pack("=i", 0))
+        assert self._events is not None and self._reinjector is not None  # noqa: PT018 (set together with the kernel)
+        self._events.close()
+        self._reinjector.close()
+        self._kernel.close()
+        self._kernel = self._events = self._reinjector = None
+
+    @property
+    def worker_pid(self) -> int | None:
+        """The kernel needs no process."""
+        return None
+
+    @property
+    def _xfrm(self) -> Xfrm:
+        if self._kernel is None:
+            raise LocalError("the kernel plane does not run")
+        return self._kernel
+
+    def _device_gone(self) -> None:
+        log.error("somebody removed a TUN device")
+        self._loop.create_task(self._die()).add_done_callback(lambda task: task.exception())
+
+    async def _die(self) -> None:
+        await self.stop()
+        self.on_died()
+
+    # ------------------------------------------------------------------ networks
+
+    async def open_network(
+        self, network: str, addresses: Sequence[IpAddress], routes: Sequence[IpNetwork], mtu: int
+    ) -> str:
+        if not MIN_MTU <= mtu <= MAX_MTU:
+            raise LocalError(f"an MTU of {mtu} is not in {MIN_MTU}..{MAX_MTU}")
+        if network in self._networks:
+            raise LocalError(f"the network {network!r} has a device already")
+        kernel = self._xfrm
+        trap = Trap(lambda packet: self.on_trapped(network, packet), self._device_gone)
+        entry = self._networks[network] = _Network(trap, addresses)
+        try:
+            await self._guard.protect(trap.device, routes, or_decrypted=True)
+            for add, remove in wide_policies(addresses, routes, await self._netlink.index(trap.device)):
+                kernel.request(add)
+                entry.removals.append(remove)
+            await self._netlink.set_up_device(trap.device, addresses, routes, mtu)
+        except BaseException:
+            with contextlib.suppress(LocalError):
+                await self.close_network(network)
+            raise
+        return trap.device
+
+    async def close_network(self, network: str) -> None:
+        entry = self._networks.pop(network, None)
+        if entry is None:
+            return
+        for child_id in [known for known, child in self._children.items() if child.child.network == network]:
+            await self.remove(child_id)
+        entry.trap.close()
+        self._lost.update(entry.trap.lost)
+        self._take_away(entry.removals)
+        await self._guard.release(entry.trap.device)
+
+    # ------------------------------------------------------------------ SAs
+
+    async def install(self, child: ChildSa) -> None:
+        kernel = self._xfrm
+        if child.transport_mode:
+            raise LocalError("the planes carry tunnel mode only")
+        if child.spi_in & SPI_MARK != SPI_MARK or child.spi_in > 0xFFFFFFFF:
+            raise LocalError("an inbound SPI has its two top bits set")
+        if child.id in self._children:
+            raise LocalError(f"Child SA {child.id} is installed already")
+        if child.spi_in in self._by_spi:
+            raise LocalError(f"SPI {child.spi_in:#010x} is taken")
+        entry = _Child(child, _pairs(child), _with_source(child.path))
+        kernel.request(set_state(entry.state(entry.flow_in, inbound=True)))
+        self._children[child.id] = self._by_spi[child.spi_in] = entry
+        for pair in entry.pairs:
+            self._accepting.setdefault(pair, []).append(entry)
+        try:
+            kernel.request(set_state(entry.state(entry.flow_out, inbound=False)), *self._accept(entry))
+        except XfrmError as problem:
+            await self._forget(entry, keep_out=problem.index == 0)
+            raise
+
+    async def use(self, child_id: int) -> None:
+        entry = self._known(child_id)
+        messages = []
+        for pair in entry.pairs:
+            users = self._sending.setdefault(pair, [])
+            if entry in users:
+                users.remove(entry)
+            users.append(entry)
+            messages.append(self._send_by(pair, entry))
+        self._xfrm.request(*messages)
+
+    async def move(self, child_id: int, path: Path) -> None:
+        entry = self._known(child_id)
+        entry.asked = path
+        self._relocate(entry)
+
+    async def remove(self, child_id: int) -> None:
+        entry = self._children.get(child_id)
+        if entry is not None:
+            await self._forget(entry)
+
+    async def inject(self, network: str, packets: Sequence[bytes]) -> None:
+        reinjector = self._reinjector
+        for packet in packets:
+            if reinjector is not None and self._is_covered(network, packet):
+                reinjector.send(packet)
+            else:
+                self._lost["injected too early"] += 1  # it would come out of the trap again, for ever
+
+    async def usage(self, child_ids: Sequence[int]) -> dict[int, SaUsage]:
+        kernel, now = self._xfrm, self._loop.time()
+        entries = [self._children[child_id] for child_id in child_ids if child_id in self._children]
+        states = [
+            state
+            for entry in entries
+            for state in ((entry.flow_in, entry.child.spi_in), (entry.flow_out, entry.child.spi_out))
+        ]
+        counted = kernel.counted(states)
+        out = {}
+        for number, entry in enumerate(entries):
+            found_in, found_out = counted[2 * number], counted[2 * number + 1]
+            totals = list(entry.base)
+            for at, found in ((0, found_in), (2, found_out)):
+                if found is not None:
+                    totals[at] += found.packets
+                    totals[at + 1] += found.octets
+            for way in (0, 1):
+                if totals[2 * way] > entry.seen[2 * way]:
+                    entry.last_at[way] = now
+            entry.seen = totals
+            sequence_out = found_out.sequence_out if found_out is not None else 0
+            in_packets, in_octets, out_packets, out_octets = totals
+            out[entry.child.id] = SaUsage(
+                in_packets, in_octets, out_packets, out_octets, entry.last_at[0], entry.last_at[1], sequence_out
+            )
+        return out
+
+    async def counters(self) -> dict[str, int]:
+        """Packets that went no further, by reason: the kernel's own counts (of everybody's IPsec) and ours."""
+        lost = Counter(self._lost)
+        for network in self._networks.values():
+            lost.update(network.trap.lost)
+        if self._reinjector is not None:
+            lost.update(self._reinjector.lost)
+        lost.update(_kernel_counts())
+        return {name: number for name, number in lost.items() if number}
+
+    # ------------------------------------------------------------------ policies
+
+    def _accept(self, entry: _Child) -> list[Message]:
+        """Policies that let in what the SAs of the entry's pairs bring, as many as there are now."""
+        messages = []
+        for pair in entry.pairs:
+            accepted = self._accepting.get(pair, [])[-MAX_TEMPLATES:]
+            templates = [Template(other.flow_in, other.reqid, len(accepted) > 1) for other in accepted]
+            for direction in self._ways_in(entry, pair):
+                if templates:
+                    messages.append(set_policy(pair.reverse, direction, _priority(pair), templates))
+                else:
+                    messages.append(delete_policy(pair.reverse, direction))
+        return messages
+
+    def _ways_in(self, entry: _Child, pair: Pair) -> tuple[Direction, ...]:
+        """Packets for an address of our own are never forwarded."""
+        network = self._networks.get(entry.child.network)
+        is_host = pair.source.prefixlen == pair.source.max_prefixlen
+        if network is not None and is_host and pair.source.network_address in network.addresses:
+            return (Direction.IN,)
+        return (Direction.IN, Direction.FORWARD)
+
+    @staticmethod
+    def _send_by(pair: Pair, entry: _Child) -> Message:
+        return set_policy(pair, Direction.OUT, _priority(pair), [Template(entry.flow_out, entry.reqid)])
+
+    async def _forget(self, entry: _Child, *, keep_out: bool = False) -> None:
+        """Take the entry's policies and states away; with `keep_out` the outbound state is somebody else's."""
+        del self._children[entry.child.id], self._by_spi[entry.child.spi_in]
+        messages = []
+        for pair in entry.pairs:
+            users = self._sending.get(pair, [])
+            if entry in users:
+                was_in_use = users[-1] is entry
+                users.remove(entry)
+                if users and was_in_use:
+                    messages.append(self._send_by(pair, users[-1]))
+                elif not users:
+                    messages.append(delete_policy(pair, Direction.OUT))
+                    del self._sending[pair]
+        for pair in entry.pairs:
+            accepted = self._accepting[pair]
+            accepted.remove(entry)
+            if not accepted:
+                del self._accepting[pair]
+        messages += self._accept(entry)
+        messages.append(delete_state(entry.flow_in, entry.child.spi_in))
+        if not keep_out:
+            messages.append(delete_state(entry.flow_out, entry.child.spi_out))
+        self._take_away(messages)
+
+    def _take_away(self, messages: Sequence[Message]) -> None:
+        """Removals; what is gone already is fine."""
+        if messages and self._kernel is not None:
+            try:
+                self._kernel.request(*messages)
+            except XfrmError as problem:
+                if problem.errno not in _GONE:
+                    raise
+
+    # ------------------------------------------------------------------ moves
+
+    def _relocate(self, entry: _Child) -> None:
+        """Take both states to where the entry shall be now."""
+        path = _with_source(entry.asked)
+        old_in, old_out = entry.flow_in, entry.flow_out
+        new_in, new_out = Flow(path.remote, path.local), Flow(path.local, path.remote)
+        entry.told = path.remote
+        if new_out == old_out:
+            return
+        if new_out.hosts == old_out.hosts:
+            self._xfrm.request(
+                set_state(entry.state(new_out, inbound=False), update=True),
+                set_state(entry.state(new_in, inbound=True), update=True),
+            )
+            entry.flow_in, entry.flow_out = new_in, new_out
+            return
+        spi_in, spi_out = entry.child.spi_in, entry.child.spi_out
+        entry.keep_counts(self._xfrm.counted([(old_in, spi_in), (old_out, spi_out)]))
+        sent = [(pair, Direction.OUT) for pair in entry.pairs if self._sending.get(pair, [None])[-1] is entry]
+        taken = [(pair.reverse, way) for pair in entry.pairs for way in self._ways_in(entry, pair)]
+        entry.flow_in, entry.flow_out = new_in, new_out
+        self._carry(entry, sent, old_out, new_out, inbound=False)
+        self._carry(entry, taken, old_in, new_in, inbound=True)
+
+    def _carry(
+        self, entry: _Child, policies: list[tuple[Pair, Direction]], old: Flow, new: Flow, *, inbound: bool
+    ) -> None:
+        """Move one state with the policies that name it."""
+        kernel = self._xfrm
+        try:
+            if policies:
+                kernel.request(*(migrate(pair, way, entry.reqid, old, new) for pair, way in policies))
+                return
+        except XfrmError as problem:
+            log.debug("SA %d is made anew: %s", entry.child.id, problem)
+        spi = entry.child.spi_in if inbound else entry.child.spi_out
+        before, after = kernel.counted([(old, spi), (new, spi)])
+        messages = []
+        if after is None:
+            if before is None:
+                raise LocalError(f"the kernel has lost Child SA {entry.child.id}")
+            messages = [delete_state(old, spi), set_state(entry.state(new, before.replay, inbound=inbound))]
+        if inbound:
+            messages += self._accept(entry)
+        else:
+            messages += [self._send_by(pair, entry) for pair, _ in policies]
+        kernel.request(*messages)
+
+    def _on_network_change(self) -> None:
+        """Where routing chooses the source address, it may choose another one now."""
+        for entry in list(self._children.values()):
+            if entry.asked.local.is_unspecified and _with_source(entry.asked).local != entry.flow_out.source:
+                try:
+                    self._relocate(entry)
+                except LocalError as problem:
+                    log.warning("SA %d could not be moved: %s", entry.child.id, problem)
+
+    # ------------------------------------------------------------------ what the kernel tells
+
+    def _on_mapping(self, spi: int, source: Endpoint) -> None:
+        entry = self._by_spi.get(spi)
+        if entry is not None and source != entry.told:
+            entry.told = source
+            if source != entry.flow_out.destination:
+                self.on_moved(entry.child.id, source)
+
+    def _on_expired(self, spi: int, hard: bool) -> None:
+        if hard:
+            self._lost["SAs expired"] += 1
+            log.warning("the kernel let SA %#010x expire: its numbers are used up", spi)
+
+    # ------------------------------------------------------------------ look-ups
+
+    def _known(self, child_id: int) -> _Child:
+        entry = self._children.get(child_id)
+        if entry is None:
+            raise LocalError(f"there is no Child SA {child_id}")
+        return entry
+
+    def _is_covered(self, network: str, packet: bytes) -> bool:
+        """Whether an SA in use takes the packet."""
+        if packet[0] >> 4 == 4:
+            source, target = ipaddress.ip_address(packet[12:16]), ipaddress.ip_address(packet[16:20])
+        else:
+            source, target = ipaddress.ip_address(packet[8:24]), ipaddress.ip_address(packet[24:40])
+        return any(
+            pair.source.version == source.version
+            and source in pair.source
+            and target in pair.destination
+            and users[-1].child.network == network
+            for pair, users in self._sending.items()
+        )
+
+
+def _hand_to_kernel(sock: socket.socket) -> None:
+    """ESP on this socket is decrypted by the kernel. Batches (UDP_GRO) would reach it as one giant packet."""
+    try:
+        with contextlib.suppress(OSError):  # an old kernel, which makes no batches either
+            sock.setsockopt(socket.IPPROTO_UDP, _UDP_GRO, 0)
+        sock.setsockopt(socket.IPPROTO_UDP, _UDP_ENCAP, struct.pack("=i", _ESPINUDP))
+    except OSError as error:
+        raise LocalError(f"the kernel has no ESP in UDP: {error.strerror}") from None
+
+
+def _kernel_counts() -> dict[str, int]:
+    """Packets that IPsec of this network namespace dropped, by reason."""
+    try:
+        lines = FilePath("/proc/net/xfrm_stat").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return {}
+    return {name: int(number) for name, number in (line.split() for line in lines)}
+
+
+def _with_source(path: Path) -> Path:
+    """The path with the address that routing chooses as its source, if that was left open and there is a way."""
+    if not path.local.is_unspecified:
+        return path
+    family = socket.AF_INET6 if path.remote.is_ipv6 else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+        probe.connect((path.remote.host, path.remote.port or 9))
+        return Path(Endpoint.of(probe.getsockname()[0], path.local.port), path.remote)
+    return path
+
+
+def _priority(pair: Pair) -> int:
+    """Longest prefixes first, as routes are chosen."""
+    return SA_PRIORITY - pair.source.prefixlen - pair.destination.prefixlen
+
+
+def _pairs(child: ChildSa) -> tuple[Pair, ...]:
+    """Prefix by prefix, what the SA sends. Raises LocalError for what policies cannot say."""
+    pairs: dict[Pair, None] = {}
+    for near in child.local:
+        for far in child.remote:
+            if near.version != far.version or (near.protocol and far.protocol and near.protocol != far.protocol):
+                continue
+            ports = _port(near), _port(far)
+            for source in near.networks():
+                for destination in far.networks():
+                    pairs[Pair(source, destination, near.protocol or far.protocol, *ports)] = None
+                    if len(pairs) > MAX_PAIRS:
+                        raise LocalError(f"the selectors make more than {MAX_PAIRS} policies")
+    if not pairs:
+        raise LocalError("the selectors have no address family in common")
+    return tuple(pairs)
+
+
+def _port(selector: Selector) -> int:
+    if (selector.start_port, selector.end_port) == (0, 65535):
+        return 0
+    if selector.start_port == selector.end_port:
+        return selector.start_port
+    raise LocalError("the kernel plane takes one port or all, no range")
