@@ -16,6 +16,8 @@ from p2pvpn.core.errors import LocalError, TrustError
 PrivateKey = ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey | rsa.RSAPrivateKey
 PublicKey = ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey | rsa.RSAPublicKey
 
+EcPrivateKey = ec.EllipticCurvePrivateKey
+
 MIN_RSA_BITS = 2048
 MAX_RSA_BITS = 8192
 """A larger modulus would let a stranger buy our CPU time with one certificate."""
@@ -45,6 +47,15 @@ _HASHES: dict[str, type[hashes.SHA256 | hashes.SHA384 | hashes.SHA512]] = {
 
 def _hash(scheme: Scheme) -> hashes.SHA256 | hashes.SHA384 | hashes.SHA512:
     return _HASHES[scheme.value.rpartition("-")[2]]()
+
+
+def own_scheme(key: PublicKey) -> Scheme:
+    """The one scheme that we ourselves use with this kind of key."""
+    if isinstance(key, ec.EllipticCurvePublicKey):
+        return Scheme.ECDSA_SHA256
+    if isinstance(key, ed25519.Ed25519PublicKey):
+        return Scheme.ED25519
+    return Scheme.RSA_PSS_SHA256
 
 
 def generate_key() -> ec.EllipticCurvePrivateKey:

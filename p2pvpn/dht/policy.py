@@ -28,7 +28,7 @@ from p2pvpn.core.selector import Selector
 from p2pvpn.crypto import signatures
 from p2pvpn.identity.member import Member, Role
 
-from .records import LIFETIME_S, LocatorBody, NameBody, Record, key_of, parse_untrusted, signature_scheme
+from .records import LIFETIME_S, LocatorBody, NameBody, Record, key_of, parse_untrusted
 
 MAX_SKEW_S = 60
 """How far a publisher's clock may run ahead of ours."""
@@ -109,7 +109,7 @@ class AcceptancePolicy:
         _check_authority(record, member)
         try:
             signatures.verify(
-                member.public_key, signature_scheme(member.public_key), record.signature, record.signed_part
+                member.public_key, signatures.own_scheme(member.public_key), record.signature, record.signed_part
             )
         except TrustError:
             raise RecordRefused(Reason.SIGNATURE) from None

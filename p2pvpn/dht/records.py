@@ -28,13 +28,11 @@ from enum import IntEnum
 from ipaddress import IPv6Address
 from typing import ClassVar
 
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519
-
 from p2pvpn.core.address import Endpoint, IpNetwork
 from p2pvpn.core.errors import WireError
 from p2pvpn.core.ids import NETWORK_ID_BYTES, PEER_ID_BYTES, NetworkId, PeerId, overlay_address
 from p2pvpn.crypto import signatures
-from p2pvpn.crypto.signatures import PrivateKey, PublicKey, Scheme
+from p2pvpn.crypto.signatures import PrivateKey
 
 from .packing import list_untrusted, pack, shape_untrusted, unpack_untrusted
 
@@ -55,7 +53,7 @@ KEY_CONTEXT = b"p2pvpn key 1\0"
 _MAX_INTEGER = 2**63 - 1
 
 Signer = Callable[[bytes], bytes]
-"""Signs with the key of the certificate, by `signature_scheme` of it; the key may live in a TPM."""
+"""Signs with the key of the certificate, by `signatures.own_scheme` of it; the key may live in a TPM."""
 
 
 class Kind(IntEnum):
@@ -171,18 +169,9 @@ def _key(kind: Kind, network: NetworkId, value: bytes) -> bytes:
     return hashlib.sha256(KEY_CONTEXT + bytes([kind]) + network + value).digest()[:KEY_BYTES]
 
 
-def signature_scheme(key: PublicKey) -> Scheme:
-    """The one scheme by which records are signed with this kind of key."""
-    if isinstance(key, ec.EllipticCurvePublicKey):
-        return Scheme.ECDSA_SHA256
-    if isinstance(key, ed25519.Ed25519PublicKey):
-        return Scheme.ED25519
-    return Scheme.RSA_PSS_SHA256
-
-
 def signer(key: PrivateKey) -> Signer:
     """Sign records with a key that is at hand."""
-    scheme = signature_scheme(key.public_key())
+    scheme = signatures.own_scheme(key.public_key())
     return lambda data: signatures.sign(key, scheme, data)
 
 

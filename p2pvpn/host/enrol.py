@@ -25,9 +25,6 @@ from dataclasses import dataclass
 from functools import partial
 from ipaddress import IPv6Address
 
-from cryptography.hazmat.primitives.serialization import Encoding
-from cryptography.x509 import load_der_x509_certificate
-
 from p2pvpn.core.address import Endpoint, normal_ip
 from p2pvpn.core.errors import LocalError, P2pvpnError, RemoteError, TrustError, WireError
 from p2pvpn.core.ids import PEER_ID_BYTES, PeerId
@@ -420,9 +417,7 @@ def _server_context(profile: Profile) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.num_tickets = 0
-    chain = "".join(
-        load_der_x509_certificate(der).public_bytes(Encoding.PEM).decode() for der in profile.chain
-    ).encode()
+    chain = "".join(ssl.DER_cert_to_PEM_cert(der) for der in profile.chain).encode()
     # The ssl module reads keys from files only: this one is in memory and has no name that others could open.
     fd = os.memfd_create("p2pvpn-enrolment", os.MFD_CLOEXEC)
     try:

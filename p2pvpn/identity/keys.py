@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
-
 from p2pvpn.core.errors import LocalError
 from p2pvpn.core.ids import PeerId
 from p2pvpn.core.secret import Secret
 from p2pvpn.crypto.signatures import (
+    EcPrivateKey,
     PublicKey,
     Scheme,
     derived_key,
@@ -28,7 +27,7 @@ class PeerKey:
 
     __slots__ = ("peer_id", "private", "public_key")
 
-    def __init__(self, private: EllipticCurvePrivateKey) -> None:
+    def __init__(self, private: EcPrivateKey) -> None:
         self.private = private
         self.public_key: PublicKey = private.public_key()
         self.peer_id = peer_id_of(self.public_key)
@@ -42,7 +41,7 @@ class PeerKey:
     def from_pem(cls, pem: bytes, passphrase: bytes | None = None) -> PeerKey:
         """From PKCS#8. Raises LocalError for a wrong passphrase, a damaged file or a key that is not P-256."""
         key = key_from_pem(pem, passphrase)
-        if not isinstance(key, EllipticCurvePrivateKey) or not is_p256(key):
+        if not isinstance(key, EcPrivateKey) or not is_p256(key):
             raise LocalError("the key is not an ECDSA key on P-256")
         return cls(key)
 
