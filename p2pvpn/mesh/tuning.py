@@ -39,7 +39,7 @@ class Tuning:
     locator_refresh_s: float = 200.0
     """A third of a locator's life, so that two lost publications do no harm."""
     overlay_mtu: int = 1280
-    """Inner bytes: the least that IPv6 allows (RFC 8200 section 5). With ESP, UDP and IPv6 around it 1365 at most, which
+    """Inner bytes: the least that IPv6 allows (RFC 8200 section 5); 1365 with ESP, UDP and IPv6 around it, which
     tunnels, PPPoE and mobile networks carry: nothing waits for path MTU discovery, which firewalls break."""
     sequence_limit: int = 3_000_000_000
     """Of 2^32 ESP sequence numbers without ESN; the SA is replaced when so many are used."""
