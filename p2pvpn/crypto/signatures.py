@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
 
-from p2pvpn.core.errors import LocalError, TrustError
+from p2pvpn.core.errors import Fault, LocalError, TrustError
 
 PrivateKey = ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey | rsa.RSAPrivateKey
 PublicKey = ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey | rsa.RSAPublicKey
@@ -186,7 +186,7 @@ def key_from_pem(pem: bytes, passphrase: bytes | None = None) -> PrivateKey:
     try:
         key = serialization.load_pem_private_key(pem, passphrase)
     except (ValueError, TypeError):
-        raise LocalError("the key cannot be read: wrong passphrase or damaged file") from None
+        raise LocalError("the key cannot be read: wrong passphrase or damaged file", fault=Fault.REFUSED) from None
     if not isinstance(key, ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey | rsa.RSAPrivateKey):
         raise LocalError(f"a key of kind {type(key).__name__} is of no use here")
     return key

@@ -15,12 +15,13 @@ import errno
 import fcntl
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from p2pvpn.core.errors import LocalError
+from p2pvpn.core.errors import Fault, LocalError
 from p2pvpn.core.ids import NetworkId
 
 ID_DIGITS = 16
@@ -30,6 +31,16 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 _NETWORK_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _NETWORK_DIRECTORY = re.compile(rf"([0-9a-f]{{{ID_DIGITS}}})-({_NETWORK_NAME.pattern})")
 _TEMPORARY = re.compile(r"\..*\.(\d+)\.tmp")
+_ELSEWHERE = "P2PVPN_STATE_DIR names another place for p2pvpn's files"
+_HINTS = {
+    errno.ENOSPC: "free some space and try again; nothing was changed",
+    errno.EDQUOT: "free some space and try again; nothing was changed",
+    errno.EACCES: f"try again with sudo; {_ELSEWHERE}",
+    errno.EPERM: f"try again with sudo; {_ELSEWHERE}",
+    errno.EROFS: f"the disk is mounted read-only; {_ELSEWHERE}",
+    errno.ENOTDIR: _ELSEWHERE,
+    errno.EEXIST: _ELSEWHERE,
+}
 
 
 def state_root() -> Path:
@@ -91,10 +102,8 @@ class DirectoryStore:
 
     def _remove_leftovers(self) -> None:
         """Temporary files of processes that are gone; those of living ones are being written."""
-        for entry in self.path.iterdir():
-            match = _TEMPORARY.fullmatch(entry.name)
-            if match and (int(match[1]) == os.getpid() or not _is_alive(int(match[1]))):
-                entry.unlink(missing_ok=True)
+        for entry in _leftovers(self.path):
+            entry.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +126,50 @@ def network_directory(root: Path, network: NetworkId, name: str) -> NetworkDirec
             return known
     if not _NETWORK_NAME.fullmatch(name):
         raise LocalError(
-            f"{name!r} is not a network name", hint="use small letters, digits and hyphens, 63 characters at most"
+            f"{name!r} is not a network name",
+            hint="use small letters, digits and hyphens, 63 characters at most",
+            fault=Fault.REFUSED,
         )
     return NetworkDirectory(prefix, name, root / "networks" / f"{prefix}-{name}")
+
+
+@contextmanager
+def new_network(root: Path, network: NetworkId, name: str) -> Iterator[DirectoryStore]:
+    """A store for all the files of a network that is not there yet; it is there, whole, when the block ends.
+
+    When the block raises, or the process dies in it, the network is not there at all. Raises LocalError.
+    """
+    target = network_directory(root, network, name).path
+    if target.exists():
+        raise LocalError(f"{target} exists", fault=Fault.STATE)
+    _remove_dead(root)
+    making = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    store = DirectoryStore(making)
+    try:
+        yield store
+        with _told(f"cannot make {target}"):
+            making.rename(target)
+            _sync_directory(target.parent)
+    except BaseException:
+        shutil.rmtree(making, ignore_errors=True)
+        raise
+
+
+def delete_network(network: NetworkDirectory) -> None:
+    """All of it is gone at once, even if the process dies before the last file is. Raises LocalError."""
+    _remove_dead(network.path.parent.parent)
+    leaving = network.path.with_name(f".{network.path.name}.{os.getpid()}.tmp")
+    with _told(f"cannot delete {network.path}"):
+        network.path.rename(leaving)
+        _sync_directory(leaving.parent)
+        shutil.rmtree(leaving)
+
+
+def _remove_dead(root: Path) -> None:
+    """Networks that dead processes were about to make or delete."""
+    with _told(f"cannot list {root}"), suppress(FileNotFoundError):
+        for entry in _leftovers(root / "networks"):
+            shutil.rmtree(entry, ignore_errors=True)
 
 
 def list_networks(root: Path) -> list[NetworkDirectory]:
@@ -147,7 +197,7 @@ def find_network(root: Path, wanted: str | None = None) -> NetworkDirectory:
     if not known:
         raise LocalError("this machine is in no network", hint="p2pvpn join TOKEN, or p2pvpn network create NAME")
     if not found:
-        raise LocalError(f"no network {wanted!r} here", hint=f"there are: {names}")
+        raise LocalError(f"no network {wanted!r} here", hint=f"there are: {names}", fault=Fault.REFUSED)
     raise LocalError("more than one network fits", hint=f"name one of: {names}")
 
 
@@ -163,7 +213,9 @@ class StateLock:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             os.close(self._fd)
-            raise LocalError(f"another p2pvpn daemon uses {root}", hint="p2pvpn down ends it") from None
+            raise LocalError(
+                f"another p2pvpn daemon uses {root}", hint="p2pvpn down ends it", fault=Fault.MACHINE
+            ) from None
 
     def close(self) -> None:
         """Let another daemon have the directory."""
@@ -184,8 +236,11 @@ def _told(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as problem:
-        hint = "free some space" if problem.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        raise LocalError(f"{what}: {problem.strerror}", hint=hint) from problem
+        raise LocalError(
+            f"{what}: {problem.strerror or problem}",
+            hint=_HINTS.get(problem.errno or 0, ""),
+            fault=Fault.NOT_ALLOWED if isinstance(problem, PermissionError) else Fault.STATE,
+        ) from problem
 
 
 def _write_synced(path: Path, data: bytes, mode: int) -> None:
@@ -208,6 +263,15 @@ def _sync_directory(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def _leftovers(directory: Path) -> list[Path]:
+    matches = ((_TEMPORARY.fullmatch(entry.name), entry) for entry in directory.iterdir())
+    return [entry for match, entry in matches if match and _is_left(int(match[1]))]
+
+
+def _is_left(pid: int) -> bool:
+    return pid == os.getpid() or not _is_alive(pid)
 
 
 def _is_alive(pid: int) -> bool:

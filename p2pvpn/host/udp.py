@@ -21,7 +21,7 @@ import sys
 from dataclasses import dataclass
 
 from p2pvpn.core.address import Path
-from p2pvpn.core.errors import LocalError
+from p2pvpn.core.errors import Fault, LocalError
 
 RECEIVE_BUFFER_BYTES = 8 << 20
 """50 ms of a gigabit, counted with the kernel's own overhead for each packet."""
@@ -104,7 +104,7 @@ def _open(port: int) -> SharedPort:
             if pair is not None:
                 pairs.append(pair)
         if not pairs:
-            raise LocalError("the machine has neither IPv4 nor IPv6")
+            raise LocalError("the machine has neither IPv4 nor IPv6", fault=Fault.MACHINE)
     except BaseException:
         for pair in pairs:
             pair.close()
@@ -121,8 +121,10 @@ def _lock(port: int) -> socket.socket:
     except OSError as error:
         lock.close()
         if error.errno != errno.EADDRINUSE:
-            raise LocalError(f"locking UDP port {port}: {error.strerror}") from None
-        raise LocalError(f"another p2pvpn daemon has UDP port {port}", hint="one daemon serves all networks") from None
+            raise LocalError(f"locking UDP port {port}: {error.strerror}", fault=Fault.MACHINE) from None
+        raise LocalError(
+            f"another p2pvpn daemon has UDP port {port}", hint="one daemon serves all networks", fault=Fault.MACHINE
+        ) from None
     return lock
 
 
@@ -156,8 +158,12 @@ def _open_pair(family: int, port: int) -> UdpPair | None:
 
 def _bind_error(port: int, error: OSError) -> LocalError:
     if error.errno == errno.EADDRINUSE:
-        return LocalError(f"UDP port {port} is in use by another program", hint=f"ss -ulpn sport = :{port} says whose")
-    return LocalError(f"opening UDP port {port}: {error.strerror}")
+        return LocalError(
+            f"UDP port {port} is in use by another program",
+            hint=f"ss -ulpn sport = :{port} says whose; p2pvpn up --port takes another one",
+            fault=Fault.MACHINE,
+        )
+    return LocalError(f"opening UDP port {port}: {error.strerror}", fault=Fault.MACHINE)
 
 
 def _udp_socket(family: int) -> socket.socket:
