@@ -8,30 +8,33 @@ from p2pvpn.core.errors import LocalError
 
 from .output import run
 
+PLANES = ("auto", "kernel", "user")
+
 
 @click.command()
 @click.option("--foreground", is_flag=True, help="Stay in the foreground, for containers and supervisors.")
 @click.option(
     "--port", type=click.IntRange(1, 65535), help="UDP port (default: 4500, or what the network says of a hub)."
 )
+@click.option("--plane", type=click.Choice(PLANES), help="What encrypts packets (default: the kernel where it can).")
 @click.option("--verbose", "-v", is_flag=True, help="Log every event to standard error (with --foreground).")
-def up(foreground: bool, port: int | None, verbose: bool) -> None:
+def up(foreground: bool, port: int | None, plane: str | None, verbose: bool) -> None:
     """Bring this machine's networks up."""
     from p2pvpn.host import daemon
 
     if foreground:
-        daemon.run_foreground(port=port, verbose=verbose)
+        daemon.run_foreground(port=port, plane=plane, verbose=verbose)
     else:
-        click.echo(start_daemon(port))
+        click.echo(start_daemon(port, plane))
 
 
-def start_daemon(port: int | None = None) -> str:
+def start_daemon(port: int | None = None, plane: str | None = None) -> str:
     """Start in the background and wait until the control socket answers; says what was done."""
     from p2pvpn.host import daemon
 
     if daemon.is_running():
         return "p2pvpn is already up"
-    daemon.start_background(port=port)
+    daemon.start_background(port=port, plane=plane)
     return "p2pvpn is up"
 
 
@@ -45,12 +48,13 @@ def down() -> None:
 
 @click.command()
 @click.option("--port", type=click.IntRange(1, 65535), help="UDP port from now on.")
-def restart(port: int | None) -> None:
+@click.option("--plane", type=click.Choice(PLANES), help="What encrypts packets from now on.")
+def restart(port: int | None, plane: str | None) -> None:
     """Take the networks down and up again."""
     from p2pvpn.host import daemon
 
     daemon.stop_background()
-    click.echo(start_daemon(port))
+    click.echo(start_daemon(port, plane))
 
 
 def reload_or_start() -> str:

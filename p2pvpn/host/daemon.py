@@ -20,7 +20,7 @@ from p2pvpn.identity.profile import Profile
 from p2pvpn.mesh.events import MeshEvent
 from p2pvpn.mesh.node import Node
 
-from . import supervise
+from . import planes, supervise
 from .control import ControlServer, control_path
 from .forwarder import UserForwarder
 from .guard import Guard
@@ -31,7 +31,6 @@ from .resolver import SystemResolver
 from .service import NetworkService
 from .store import NetworkDirectory, StateLock, list_networks, runtime_root, state_root
 from .underlay import Underlay
-from .user_plane import UserPlane
 
 log = logging.getLogger("p2pvpn")
 
@@ -51,8 +50,9 @@ def log_path() -> Path:
 class Daemon:
     """Everything that runs on one machine."""
 
-    def __init__(self, port: int | None) -> None:
+    def __init__(self, port: int | None, plane: planes.Wanted = planes.Wanted.AUTO) -> None:
         self._asked_port = port
+        self._asked_plane = plane
         self._started = time.monotonic()
         self._services: dict[str, NetworkService] = {}
         self._stop = asyncio.Event()
@@ -67,7 +67,8 @@ class Daemon:
                 loop.add_signal_handler(number, self._stop.set)
             await self._open(stack)
             supervise.notify("READY=1")
-            log.info("up on UDP port %d with %d network(s)", self.underlay.port, len(self._services))
+            networks, plane = len(self._services), self.plane_choice.plane
+            log.info("up on UDP port %d with %d network(s), %s plane", self.underlay.port, networks, plane)
             await self._stop.wait()
             supervise.notify("STOPPING=1")
             log.info("going down")
@@ -80,7 +81,8 @@ class Daemon:
         stack.callback(self.underlay.close)
         self._guard = Guard()
         stack.push_async_callback(self._guard.close)
-        self.plane = UserPlane(self.underlay.esp_sockets, netlink, self._guard)
+        self.plane_choice = planes.choose(self._asked_plane)
+        self.plane = planes.make(self.plane_choice, self.underlay.esp_sockets, netlink, self._guard)
         await self.plane.start()
         stack.push_async_callback(self.plane.stop)
         self.plane.on_died = self._plane_died
@@ -162,7 +164,7 @@ class Daemon:
         return DEFAULT_PORT
 
     def _plane_died(self) -> None:
-        log.error("the worker that encrypts died; starting over")
+        log.error("the plane that encrypts died; starting over")
         self.node.services.tasks.start(self._revive(), "revive the plane")
 
     async def _revive(self) -> None:
@@ -182,7 +184,7 @@ class Daemon:
         self.control.publish(event.as_dict())
 
 
-def run_foreground(*, port: int | None, verbose: bool) -> None:
+def run_foreground(*, port: int | None, plane: str | None, verbose: bool) -> None:
     """Run the daemon in this process until it is told to stop. Raises LocalError."""
     level = logging.INFO if verbose or not sys.stderr.isatty() else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -193,7 +195,7 @@ def run_foreground(*, port: int | None, verbose: bool) -> None:
     if not Path("/dev/net/tun").exists():
         raise LocalError("this machine has no /dev/net/tun", hint="load the module: modprobe tun")
     os.umask(0o077)
-    asyncio.run(Daemon(port).run())
+    asyncio.run(Daemon(port, planes.wanted(plane)).run())
 
 
 # The command line's side.
@@ -210,13 +212,15 @@ def is_running() -> bool:
         return True
 
 
-def start_background(*, port: int | None) -> None:
+def start_background(*, port: int | None, plane: str | None = None) -> None:
     """Start the daemon under systemd or under our own supervisor, and wait until it answers. Raises LocalError."""
     if os.geteuid() != 0:
         raise LocalError("p2pvpn up needs root for its TUN device and routes", hint="try again with sudo")
     command = [sys.executable, "-m", "p2pvpn.cli.main", "up", "--foreground"]
     if port is not None:
         command += ["--port", str(port)]
+    if plane is not None:
+        command += ["--plane", plane]
     if supervise.has_systemd() or supervise.running(runtime_root()) is None:
         supervise.up(command, runtime_root(), log_path())
     deadline = time.monotonic() + START_S

@@ -55,7 +55,8 @@ class Requests:
         return {
             "version": p2pvpn.__version__,
             "port": daemon.underlay.port,
-            "plane": "user",
+            "plane": daemon.plane_choice.plane,
+            "plane_reason": daemon.plane_choice.reason,
             "up_s": round(daemon.up_s, 1),
             "networks": [network_status(network) for network in self._networks()],
         }
