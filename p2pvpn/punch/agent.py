@@ -456,9 +456,7 @@ class PunchAgent:
         self._probe(pair, now)
 
     def _take_silent(self, pair: Pair, now: float) -> bool:
-        return self._limits.take_silent(
-            pair.path.remote, now, permitted=pair.permitted, session=self._session(pair)
-        )
+        return self._limits.take_silent(pair.path.remote, now, permitted=pair.permitted, session=self._session(pair))
 
     def _send(self, pair: Pair, now: float) -> None:
         """One check."""
