@@ -21,6 +21,8 @@ def status(as_json: bool) -> None:
     click.echo(
         f"p2pvpn {answer['version']}, UDP port {answer['port']}, {answer['plane']} plane, up {answer['up_s']:.0f} s"
     )
+    if not answer["networks"]:
+        click.echo("this machine is in no network; p2pvpn join TOKEN brings it into one")
     for network in answer["networks"]:
         click.echo()
         click.echo(f"{network['name']}  {network['overlay']}  {network['ipv4'] or ''}  as {network['me']}")
@@ -48,9 +50,32 @@ def _peer_table(rows: list[dict[str, Any]]) -> None:
         return
     show_table(
         "peers",
-        ("name", "state", "path", "rtt ms", "remote", "overlay", "note"),
-        [(p["name"], p["state"], p["path"], p["rtt_ms"], p["remote"], p["overlay"], p["note"]) for p in rows],
+        ("name", "state", "path", "rtt ms", "address", "reached at", "in", "out", "note"),
+        [
+            (
+                p["name"],
+                p["state"],
+                p["path"],
+                p["rtt_ms"],
+                p["ipv4"] or p["overlay"],
+                p["remote"],
+                _size(p["bytes_in"]),
+                _size(p["bytes_out"]),
+                p["note"],
+            )
+            for p in rows
+        ],
     )
+
+
+def _size(count: int) -> str:
+    """Bytes as a person reads them."""
+    size, unit = float(count), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if size < 1000 or unit == "TB":
+            break
+        size /= 1000
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
 
 
 @click.command()
