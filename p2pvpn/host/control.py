@@ -1,7 +1,7 @@
 """The daemon's control socket: JSON, one object per line, over a Unix stream socket of mode 0660.
 
     client > {"id": 1, "method": "status", "params": {}}
-    server > {"id": 1, "result": ...}                    or {"id": 1, "error": {"message": "...", "hint": "..."}}
+    server > {"id": 1, "result": ...}          or {"id": 1, "error": {"message": "...", "hint": "...", "fault": 1}}
     client > {"id": 2, "method": "subscribe"}
     server > {"id": 2, "result": null}
     server > {"event": {...}}                            until the connection ends
@@ -25,7 +25,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from p2pvpn.core.errors import LocalError, P2pvpnError, RemoteError
+from p2pvpn.core.errors import Fault, LocalError, P2pvpnError, RemoteError
 
 from .store import runtime_root
 
@@ -72,7 +72,11 @@ class ControlServer:
             sock = _listening_socket(self.path)
             self._server = await asyncio.start_unix_server(self._accept, sock=sock, limit=MAX_REQUEST_BYTES)
         except OSError as problem:
-            raise LocalError(f"cannot listen at {self.path}: {problem.strerror}") from problem
+            raise LocalError(
+                f"cannot listen at {self.path}: {problem.strerror or problem}",
+                hint="P2PVPN_RUNTIME_DIR names another place, of less than 90 characters",
+                fault=Fault.NOT_ALLOWED if isinstance(problem, PermissionError) else Fault.MACHINE,
+            ) from problem
 
     async def close(self) -> None:
         """End every connection and remove the socket."""
@@ -100,7 +104,7 @@ class ControlServer:
         self._clients[writer] = task
         try:
             if not _may_connect(writer):
-                self._send(writer, _error(None, "only root and the daemon's user may do this", "sudo p2pvpn ..."))
+                self._send(writer, _error(None, "only root and the daemon's user may do this", "try again with sudo"))
             elif len(self._clients) > MAX_CLIENTS:
                 self._send(writer, _error(None, "too many control connections", "close some"))
             else:
@@ -149,10 +153,10 @@ class ControlServer:
                 return
             answer = _line({"id": number, "result": await self._handler(method, params)})
         except P2pvpnError as refusal:
-            answer = _error(number, str(refusal), refusal.hint)
+            answer = _error(number, str(refusal), refusal.hint, refusal.fault)
         except Exception as bug:  # noqa: BLE001 (one bad request must not end the daemon; the log has it all)
             _log.exception("control method %r failed", method)
-            answer = _error(number, f"internal error: {type(bug).__name__}", "the daemon's log says more")
+            answer = _error(number, f"internal error: {type(bug).__name__}", "the daemon's log says more", Fault.BUG)
         self._send(writer, answer)
 
     def _send(self, writer: asyncio.StreamWriter, line: bytes) -> None:
@@ -184,9 +188,13 @@ class ControlClient:
         try:
             reader, writer = await asyncio.open_unix_connection(str(path), limit=MAX_ANSWER_BYTES)
         except PermissionError:
-            raise LocalError(f"may not talk to the daemon at {path}", hint="try again with sudo") from None
+            raise LocalError(
+                f"may not talk to the daemon at {path}", hint="try again with sudo", fault=Fault.NOT_ALLOWED
+            ) from None
         except OSError:
-            raise LocalError("the p2pvpn daemon does not run", hint="p2pvpn up") from None
+            raise LocalError(
+                "p2pvpn is not up on this machine", hint="start it with: p2pvpn up", fault=Fault.NOT_RUNNING
+            ) from None
         return cls(reader, writer)
 
     async def call(self, method: str, **params: Any) -> Any:
@@ -239,15 +247,16 @@ class ControlClient:
                     reason = message["error"]["message"]
                 elif (answer := self._waiting.get(message["id"])) is not None and not answer.done():
                     if "error" in message:
-                        answer.set_exception(LocalError(message["error"]["message"], hint=message["error"]["hint"]))
+                        answer.set_exception(_told(message["error"]))
                     else:
                         answer.set_result(message["result"])
         except (asyncio.IncompleteReadError, OSError):
             pass
         except (asyncio.LimitOverrunError, ValueError, KeyError, TypeError, AttributeError):
-            reason = "the p2pvpn daemon answered something that is not ours"
+            reason = "the p2pvpn daemon answered something that this command does not understand"
         finally:
-            self._gone = LocalError(reason, hint="p2pvpn status, and the daemon's log")
+            hint = "is it of another version, or going down? p2pvpn restart; its log says more"
+            self._gone = LocalError(reason, hint=hint, fault=Fault.NOT_RUNNING)
             for answer in self._waiting.values():
                 if not answer.done():
                     answer.set_exception(self._gone)
@@ -276,8 +285,15 @@ def _line(message: dict[str, Any]) -> bytes:
     return json.dumps(message, separators=(",", ":")).encode() + b"\n"
 
 
-def _error(number: object, message: str, hint: str) -> bytes:
-    return _line({"id": number, "error": {"message": message, "hint": hint}})
+def _error(number: object, message: str, hint: str, fault: Fault = Fault.FAILED) -> bytes:
+    return _line({"id": number, "error": {"message": message, "hint": hint, "fault": fault}})
+
+
+def _told(error: dict[str, Any]) -> LocalError:
+    """What a daemon, perhaps of another version, said of a failure."""
+    number = error.get("fault")
+    fault = Fault(number) if number in list(Fault) else Fault.FAILED
+    return LocalError(str(error["message"]), hint=str(error["hint"]), fault=fault)
 
 
 def _may_connect(writer: asyncio.StreamWriter) -> bool:
@@ -304,7 +320,7 @@ def _remove_stale(path: Path) -> None:
     """Remove the socket of a daemon that is gone; LocalError if one answers."""
     try:
         if not stat.S_ISSOCK(path.lstat().st_mode):
-            raise LocalError(f"{path} is not a socket")
+            raise LocalError(f"{path} is not a socket", hint="move it away", fault=Fault.MACHINE)
     except FileNotFoundError:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
@@ -314,4 +330,6 @@ def _remove_stale(path: Path) -> None:
         except (ConnectionRefusedError, FileNotFoundError):
             path.unlink(missing_ok=True)
             return
-    raise LocalError(f"a p2pvpn daemon answers at {path} already", hint="p2pvpn status, or p2pvpn down")
+    raise LocalError(
+        f"a p2pvpn daemon answers at {path} already", hint="p2pvpn status, or p2pvpn down", fault=Fault.MACHINE
+    )

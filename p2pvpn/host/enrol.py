@@ -26,7 +26,7 @@ from functools import partial
 from ipaddress import IPv6Address
 
 from p2pvpn.core.address import Endpoint, normal_ip
-from p2pvpn.core.errors import LocalError, P2pvpnError, RemoteError, TrustError, WireError
+from p2pvpn.core.errors import Fault, LocalError, P2pvpnError, RemoteError, TrustError, WireError
 from p2pvpn.core.ids import PEER_ID_BYTES, PeerId
 from p2pvpn.core.ports import WallClock
 from p2pvpn.identity.certificates import parse_untrusted
@@ -179,7 +179,8 @@ class EnrolmentServer:
         except OSError as problem:
             raise LocalError(
                 f"TCP port {port} cannot be had for enrolment: {problem.strerror or problem}",
-                hint="grant the hub another enrolment port, or stop what listens there",
+                hint="grant the hub another one (--enrol-port), or stop what listens there: ss -tlnp",
+                fault=Fault.MACHINE,
             ) from None
 
     async def close(self) -> None:
@@ -377,9 +378,12 @@ def _failure(attempts: Sequence[_Attempt]) -> P2pvpnError:
         return TrustError(
             f"the issuer was not reached, and nothing was sent: {reasons}",
             hint="something on the way intercepts the connection; try from another network",
+            fault=Fault.UNREACHABLE,
         )
     return RemoteError(
-        f"the issuer was not reached: {reasons}", hint="check that this machine reaches the hub on that TCP port"
+        f"the issuer was not reached: {reasons}",
+        hint="check that this machine reaches the hub on that TCP port; the token is still good",
+        fault=Fault.UNREACHABLE,
     )
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from p2pvpn.core.address import Endpoint
 from p2pvpn.core.child import EspSuite
-from p2pvpn.core.errors import LocalError
+from p2pvpn.core.errors import Fault, LocalError
 from p2pvpn.core.secret import Secret
 
 from .guard import Guard
@@ -62,7 +62,9 @@ def choose(what: Wanted) -> Choice:
     except LocalError as problem:
         if what is Wanted.KERNEL:
             raise LocalError(
-                f"this kernel cannot be the plane: {problem}", hint="modprobe esp4; or use --plane user"
+                f"this kernel cannot be the plane: {problem}",
+                hint="modprobe esp4; or use --plane user",
+                fault=Fault.MACHINE,
             ) from None
         return Choice("user", str(problem))
     return Choice("kernel")

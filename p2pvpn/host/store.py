@@ -134,15 +134,14 @@ def network_directory(root: Path, network: NetworkId, name: str) -> NetworkDirec
 
 
 @contextmanager
-def new_network(root: Path, network: NetworkId, name: str) -> Iterator[DirectoryStore]:
-    """A store for all the files of a network that is not there yet; it is there, whole, when the block ends.
+def new_store(target: Path) -> Iterator[DirectoryStore]:
+    """A store for all the files of a directory that is not there yet; it is there, whole, when the block ends.
 
-    When the block raises, or the process dies in it, the network is not there at all. Raises LocalError.
+    When the block raises, or the process dies in it, the directory is not there at all. Raises LocalError.
     """
-    target = network_directory(root, network, name).path
     if target.exists():
         raise LocalError(f"{target} exists", fault=Fault.STATE)
-    _remove_dead(root)
+    _remove_dead(target.parent)
     making = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     store = DirectoryStore(making)
     try:
@@ -157,7 +156,7 @@ def new_network(root: Path, network: NetworkId, name: str) -> Iterator[Directory
 
 def delete_network(network: NetworkDirectory) -> None:
     """All of it is gone at once, even if the process dies before the last file is. Raises LocalError."""
-    _remove_dead(network.path.parent.parent)
+    _remove_dead(network.path.parent)
     leaving = network.path.with_name(f".{network.path.name}.{os.getpid()}.tmp")
     with _told(f"cannot delete {network.path}"):
         network.path.rename(leaving)
@@ -165,10 +164,10 @@ def delete_network(network: NetworkDirectory) -> None:
         shutil.rmtree(leaving)
 
 
-def _remove_dead(root: Path) -> None:
-    """Networks that dead processes were about to make or delete."""
-    with _told(f"cannot list {root}"), suppress(FileNotFoundError):
-        for entry in _leftovers(root / "networks"):
+def _remove_dead(parent: Path) -> None:
+    """Directories that dead processes were about to make or delete."""
+    with _told(f"cannot list {parent}"), suppress(FileNotFoundError):
+        for entry in _leftovers(parent):
             shutil.rmtree(entry, ignore_errors=True)
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import p2pvpn
 from p2pvpn.core.address import Endpoint, IpAddress, IpNetwork, Path
 from p2pvpn.core.child import ChildSa
-from p2pvpn.core.errors import LocalError
+from p2pvpn.core.errors import Fault, LocalError
 from p2pvpn.mesh.ports import SaUsage
 
 from .guard import Guard
@@ -206,7 +206,7 @@ class UserPlane:
             if rest[0]:
                 future.set_result(rest[1])
             else:
-                future.set_exception(LocalError(rest[1], hint=rest[2]))
+                future.set_exception(LocalError(rest[1], hint=rest[2], fault=Fault.MACHINE))
         elif rest[0] == TRAPPED:
             self.on_trapped(rest[1], rest[2])
         elif rest[0] == MOVED:

@@ -18,7 +18,7 @@ from ipaddress import IPv4Address, ip_network
 from typing import TypeVar
 
 from p2pvpn.core.address import IpNetwork
-from p2pvpn.core.errors import LocalError, P2pvpnError, WireError
+from p2pvpn.core.errors import Fault, LocalError, P2pvpnError, WireError
 from p2pvpn.core.ids import PEER_ID_BYTES, PeerId
 from p2pvpn.core.ports import Entropy
 from p2pvpn.core.secret import Secret
@@ -134,7 +134,7 @@ class AdminNetwork:
         """The inverse of `to_files`; the recovery key may be missing. Raises LocalError."""
         for name in (ROOT_FILE, NETWORK_FILE):
             if name not in files:
-                raise LocalError(f"the admin's file {name} is missing")
+                raise LocalError(f"the admin's file {name} is missing", fault=Fault.STATE)
         root = PeerKey.from_pem(files[ROOT_FILE], passphrase.reveal())
         recovery = files.get(RECOVERY_FILE)
         try:
@@ -152,7 +152,7 @@ class AdminNetwork:
                 ledger=ledger,
             )
         except P2pvpnError as problem:
-            raise LocalError(f"the admin's files cannot be used: {problem}") from None
+            raise LocalError(f"the admin's files cannot be used: {problem}", fault=Fault.STATE) from None
 
     @property
     def ledger(self) -> tuple[Entry, ...]:

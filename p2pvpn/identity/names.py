@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from p2pvpn.core.errors import LocalError
+from p2pvpn.core.errors import Fault, LocalError
 
 MAX_NAME_CHARS = 63
 """RFC 1035 section 2.3.4."""
@@ -22,5 +22,6 @@ def require_name(text: str, what: str = "name") -> str:
         raise LocalError(
             f"{text!r} cannot be a {what}",
             hint="use 1 to 63 lower-case letters, digits and hyphens, beginning and ending with a letter or digit",
+            fault=Fault.REFUSED,
         )
     return text

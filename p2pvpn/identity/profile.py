@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from p2pvpn.core.errors import LocalError, P2pvpnError, TrustError
+from p2pvpn.core.errors import Fault, LocalError, P2pvpnError, TrustError
 from p2pvpn.core.ids import PeerId
 from p2pvpn.core.ports import Entropy
 from p2pvpn.crypto.signatures import spki
@@ -79,9 +79,7 @@ class Profile:
         parts = {name: read(name) for name in (KEY, GENESIS, DOCUMENT, CHAIN)}
         missing = [name for name, data in parts.items() if data is None]
         if missing:
-            raise LocalError(
-                f"the network's state lacks {', '.join(missing)}", hint="join again with a new token, or a new grant"
-            )
+            raise LocalError(f"the network's state lacks {', '.join(missing)}", fault=Fault.STATE)
         try:
             chain = Fields.unpack_untrusted(parts[CHAIN] or b"", "the chain", MAX_CHAIN * MAX_CERTIFICATE_BYTES + 64)
             return cls(
@@ -93,7 +91,7 @@ class Profile:
                 issuer_state=read(ISSUER_STATE),
             )
         except P2pvpnError as problem:
-            raise LocalError(f"the network's state cannot be used: {problem}", hint=problem.hint) from None
+            raise LocalError(f"the network's state cannot be used: {problem}", fault=Fault.STATE) from None
 
     def save(self, write: Write) -> None:
         """Write every file; what `write` raises goes through."""

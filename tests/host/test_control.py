@@ -287,7 +287,7 @@ def test_another_user_is_turned_away():
 
 def test_without_a_daemon_the_error_says_how_to_start_one(path):
     async def main():
-        with pytest.raises(LocalError, match="does not run") as refusal:
+        with pytest.raises(LocalError, match="not up") as refusal:
             await ControlClient.connect(path)
         return refusal.value.hint
 
