@@ -50,12 +50,11 @@ def _peer_table(rows: list[dict[str, Any]]) -> None:
         return
     show_table(
         "peers",
-        ("name", "state", "path", "rtt ms", "address", "reached at", "in", "out", "note"),
+        ("name", "path", "rtt ms", "address", "reached at", "in", "out", "note"),
         [
             (
                 p["name"],
-                p["state"],
-                p["path"],
+                p["path"] or p["state"],
                 p["rtt_ms"],
                 p["ipv4"] or p["overlay"],
                 p["remote"],
