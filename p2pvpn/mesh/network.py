@@ -130,11 +130,17 @@ class Network:
     # Life.
 
     async def open(self) -> None:
-        """Bring the TUN device up; returns when local things work, not when hubs answer."""
-        standing = self.standing
-        mtu = self._services.tuning.overlay_mtu
-        await self._services.plane.open_network(self.label, standing.addresses, standing.routes, mtu)
-        await self.rpc.open()
+        """Bring the TUN device up; returns when local things work, not when hubs answer.
+
+        Raises LocalError; nothing is open then.
+        """
+        standing, plane = self.standing, self._services.plane
+        await plane.open_network(self.label, standing.addresses, standing.routes, self._services.tuning.overlay_mtu)
+        try:
+            await self.rpc.open()
+        except BaseException:
+            await plane.close_network(self.label)
+            raise
         self._apply_document()
 
     async def run(self) -> None:

@@ -123,12 +123,17 @@ class Node:
         self.services.punch_limits.update_subnets(self._underlay.local_networks())
 
     async def add_network(self, profile: Profile, store: StateStore, backend: Backend | None = None) -> Network:
-        """Bring a network up; it attaches to its hubs in the background."""
+        """Bring a network up; it attaches to its hubs in the background. Raises LocalError when it cannot be opened."""
         standing = Standing(profile, store, self.services.wall)
         network = Network(self.services, standing, self._resolver, self, backend)
         self.networks[network.label] = network
         self.refresh_credentials()
-        await network.open()
+        try:
+            await network.open()
+        except BaseException:
+            del self.networks[network.label]
+            self.refresh_credentials()
+            raise
         self._runs[network.label] = self.services.tasks.start(network.run(), f"network {standing.name}")
         return network
 
