@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from ipaddress import IPv6Address
 from typing import Any
 
-from p2pvpn.core.errors import LocalError, RemoteError, WireError
+from p2pvpn.core.errors import Fault, LocalError, RemoteError, WireError
 from p2pvpn.core.limits import BoundedTable, SourceLimiter
 from p2pvpn.core.ports import Entropy
 
@@ -164,10 +164,17 @@ class RpcNode:
         self._transport: asyncio.DatagramTransport | None = None
 
     async def open(self) -> None:
-        """Bind the port on the overlay address. Raises OSError when it cannot be had."""
-        self._transport, _ = await asyncio.get_running_loop().create_datagram_endpoint(
-            lambda: _Socket(self._receive_untrusted), local_addr=(str(self.local), self.port)
-        )
+        """Bind the port on the overlay address. Raises LocalError when it cannot be had."""
+        try:
+            self._transport, _ = await asyncio.get_running_loop().create_datagram_endpoint(
+                lambda: _Socket(self._receive_untrusted), local_addr=(str(self.local), self.port)
+            )
+        except OSError as problem:
+            raise LocalError(
+                f"UDP port {self.port} cannot be had for the DHT: {problem.strerror or problem}",
+                hint=f"stop what has it: ss -ulpn sport = :{self.port}",
+                fault=Fault.MACHINE,
+            ) from None
         raw = self._transport.get_extra_info("socket")
         if raw is not None:
             with suppress(OSError):

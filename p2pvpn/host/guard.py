@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from p2pvpn.core.address import IpNetwork
-from p2pvpn.core.errors import LocalError
+from p2pvpn.core.errors import Fault, LocalError
 
 TABLE = "p2pvpn_guard"
 CHAIN = "P2PVPN_GUARD"
@@ -66,6 +66,11 @@ class Guard:
             if self._prefixes.pop(device, None) is not None:
                 await self._apply()
 
+    async def clear(self) -> None:
+        """Remove what a daemon that was killed left, before anything is protected. Raises LocalError."""
+        async with self._lock:
+            await self._apply()
+
     async def close(self) -> None:
         """Remove every rule."""
         async with self._lock:
@@ -75,7 +80,9 @@ class Guard:
 
     async def _apply(self) -> None:
         """Try each filter that is installed, until one works."""
-        problem = LocalError("neither nft nor iptables is installed", hint="install nftables")
+        problem = LocalError(
+            "neither nft nor iptables is installed", hint="install nftables", fault=Fault.MACHINE
+        )
         if shutil.which("nft"):
             try:
                 return await _run("nft", "-f", "-", stdin=nft_script(self._prefixes))
@@ -142,7 +149,7 @@ async def _run(*argv: str, stdin: str = "") -> None:
     _, errors = await process.communicate(stdin.encode())
     if process.returncode != 0:
         lines = errors.decode(errors="replace").strip().splitlines() or [f"exit status {process.returncode}"]
-        raise LocalError(f"{argv[0]}: {lines[0]}")
+        raise LocalError(f"{argv[0]}: {lines[0]}", fault=Fault.MACHINE)
 
 
 async def _succeeds(*argv: str) -> bool:
