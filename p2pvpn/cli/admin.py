@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from p2pvpn.core.errors import LocalError
+from p2pvpn.core.errors import Fault, LocalError
 from p2pvpn.core.secret import Secret
 
 from .output import json_option, show_json, show_table
@@ -22,13 +22,17 @@ network_option = click.option("--network", help="Which network, when this admin 
 def _passphrase(file: Path | None, *, new: bool = False) -> Secret:
     """From the first line of a file, else by prompt; a new one twice."""
     if file is not None:
-        text = file.read_text(encoding="utf-8").splitlines()
-        value = text[0] if text else ""
+        value = file.read_bytes().partition(b"\n")[0].removesuffix(b"\r")
     else:
-        value = str(click.prompt("passphrase of the root key", hide_input=True, confirmation_prompt=new, err=True))
+        typed = click.prompt("passphrase of the root key", hide_input=True, confirmation_prompt=new, err=True)
+        value = str(typed).encode(errors="surrogateescape")
     if not value:
-        raise LocalError("the passphrase is empty", hint="a root key without a passphrase belongs to whoever finds it")
-    return Secret(value.encode())
+        raise LocalError(
+            "the passphrase is empty",
+            hint="a root key without a passphrase belongs to whoever finds it",
+            fault=Fault.REFUSED,
+        )
+    return Secret(value)
 
 
 @click.group()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
+from typing import NoReturn
 
 import click
 
 from p2pvpn import __version__
-from p2pvpn.core.errors import P2pvpnError
+from p2pvpn.core.errors import Fault, P2pvpnError
 
 COMMANDS = {
     "network": "admin:network",
@@ -30,7 +32,12 @@ COMMANDS = {
     "demo": "demonstrate:demo",
 }
 """Command name to `module:function` in this package."""
-EXIT_ERROR = 1
+EXIT_USAGE = 2
+"""What click says of a command line that it does not understand."""
+EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
+"""As of a shell that saw SIGINT (2) or SIGPIPE (13) end a program: 128 more."""
+TRACEBACK = "P2PVPN_TRACEBACK"
 
 
 class LazyGroup(click.Group):
@@ -68,30 +75,34 @@ def main() -> None:
         code = cli.main(standalone_mode=False)  # what a command gave to ctx.exit, or its own result
         sys.exit(code if isinstance(code, int) else 0)
     except click.Abort:
-        click.echo("aborted", err=True)
-        sys.exit(130)
+        _end("interrupted; nothing was changed that the next attempt does not take up", "", EXIT_INTERRUPTED)
     except click.ClickException as problem:
         problem.show()
         sys.exit(problem.exit_code)
     except P2pvpnError as problem:
-        click.echo(f"error: {problem}", err=True)
-        if problem.hint:
-            click.echo(f"  {problem.hint}", err=True)
-        sys.exit(EXIT_ERROR)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(EXIT_ERROR)
+        _end(str(problem), problem.hint, problem.fault)
+    except BrokenPipeError:  # whoever read our output has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_BROKEN_PIPE)
+    except KeyboardInterrupt:
+        _end("interrupted", "", EXIT_INTERRUPTED)
     except PermissionError as problem:
-        click.echo(f"error: no permission for {problem.filename}", err=True)
-        click.echo(
-            "  run the command as root, or point P2PVPN_STATE_DIR and P2PVPN_RUNTIME_DIR at places of yours", err=True
-        )
-        sys.exit(EXIT_ERROR)
+        hint = "try again with sudo; P2PVPN_STATE_DIR and P2PVPN_RUNTIME_DIR name other places for p2pvpn's files"
+        _end(f"no permission for {problem.filename}", hint, Fault.NOT_ALLOWED)
     except OSError as problem:
-        click.echo(
-            f"error: {problem.strerror or problem}" + (f": {problem.filename}" if problem.filename else ""), err=True
-        )
-        sys.exit(EXIT_ERROR)
+        what = problem.strerror or str(problem)
+        _end(f"{what}: {problem.filename}" if problem.filename else what, "", Fault.FAILED)
+    except Exception as bug:
+        if os.environ.get(TRACEBACK):
+            raise
+        _end(f"this is a mistake in p2pvpn: {type(bug).__name__}: {bug}", f"{TRACEBACK}=1 shows where", Fault.BUG)
+
+
+def _end(what: str, hint: str, code: int) -> NoReturn:
+    click.echo(f"error: {' '.join(what.split())}", err=True)
+    if hint:
+        click.echo(f"  {hint}", err=True)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -27,14 +27,18 @@ def request() -> None:
 @json_option
 def join(ticket: str, no_up: bool, as_json: bool) -> None:
     """Become a member of a network, by an invitation's TOKEN or an admin's GRANT, and bring it up."""
-    from p2pvpn.host import membership
+    from p2pvpn.host import background, membership
 
     from .service import reload_or_start
 
+    if not no_up and not background.is_running():
+        background.require_able()  # before the token is spent
     if not as_json:
         click.echo("making a key and asking for a certificate ..." if membership.is_token(ticket) else "checking ...")
     profile = run(membership.join(ticket.strip()))
     member = profile.member
+    if not as_json:
+        click.echo(f"joined {profile.genesis.name} as {member.name}: {member.overlay} {member.ipv4 or ''}")
     state = "" if no_up else reload_or_start()
     if as_json:
         show_json(
@@ -47,11 +51,7 @@ def join(ticket: str, no_up: bool, as_json: bool) -> None:
             }
         )
         return
-    click.echo(f"joined {profile.genesis.name} as {member.name}: {member.overlay} {member.ipv4 or ''}")
-    if state:
-        click.echo(state)
-    else:
-        click.echo("bring it up with: p2pvpn up")
+    click.echo(state or "bring it up with: p2pvpn up")
 
 
 @click.command()
@@ -81,7 +81,7 @@ def invite(name: str, network: str | None, valid: int, no_qr: bool, as_json: boo
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def leave(network: str | None, yes: bool) -> None:
     """Leave a network: its tunnels end, its key and certificate on this machine are deleted."""
-    from p2pvpn.host import membership
+    from p2pvpn.host import background, membership
 
     from .service import reload_or_start
 
@@ -89,8 +89,6 @@ def leave(network: str | None, yes: bool) -> None:
     if not yes:
         click.confirm(f"leave {chosen.name} and delete this machine's key in it?", abort=True)
     membership.leave(chosen)
-    from p2pvpn.host import daemon
-
-    if daemon.is_running():
+    if background.is_running():
         reload_or_start()
     click.echo(f"left {chosen.name}")

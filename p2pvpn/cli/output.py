@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Coroutine, Sequence
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from p2pvpn import __version__
+from p2pvpn.core.errors import Fault, LocalError
+
+if TYPE_CHECKING:
+    from p2pvpn.host.control import ControlClient
 
 T = TypeVar("T")
 
@@ -41,11 +48,22 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 
 
 async def ask_daemon(method: str, **params: object) -> Any:
-    """One call to the running daemon. Raises LocalError with a hint when there is none."""
+    """One call to the running daemon. Raises LocalError when there is none, or one of another version."""
+    async with daemon() as client:
+        return await client.call(method, **params)
+
+
+@asynccontextmanager
+async def daemon() -> AsyncIterator[ControlClient]:
+    """A connection to the running daemon. Raises LocalError when there is none, or one of another version."""
     from p2pvpn.host.control import ControlClient, control_path
 
-    client = await ControlClient.connect(control_path())
-    try:
-        return await client.call(method, **params)
-    finally:
-        await client.close()
+    async with await ControlClient.connect(control_path()) as client:
+        theirs = await client.call("version")
+        if theirs != __version__:
+            raise LocalError(
+                f"the daemon is p2pvpn {theirs}, this command is {__version__}",
+                hint="restart it: p2pvpn restart",
+                fault=Fault.NOT_RUNNING,
+            )
+        yield client

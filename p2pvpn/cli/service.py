@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
-from p2pvpn.core.errors import LocalError
+from p2pvpn.core.errors import Fault, LocalError
 
-from .output import run
+from .output import ask_daemon, run
 
 PLANES = ("auto", "kernel", "user")
 
@@ -20,30 +22,34 @@ PLANES = ("auto", "kernel", "user")
 @click.option("--verbose", "-v", is_flag=True, help="Log every event to standard error (with --foreground).")
 def up(foreground: bool, port: int | None, plane: str | None, verbose: bool) -> None:
     """Bring this machine's networks up."""
-    from p2pvpn.host import daemon
-
     if foreground:
+        from p2pvpn.host import daemon
+
         daemon.run_foreground(port=port, plane=plane, verbose=verbose)
     else:
         click.echo(start_daemon(port, plane))
 
 
 def start_daemon(port: int | None = None, plane: str | None = None) -> str:
-    """Start in the background and wait until the control socket answers; says what was done."""
-    from p2pvpn.host import daemon
+    """Start in the background and wait until the control socket answers; says what was done.
 
-    if daemon.is_running():
-        return "p2pvpn is already up"
-    daemon.start_background(port=port, plane=plane)
-    return "p2pvpn is up"
+    Raises LocalError when it does not come up, or comes up without one of the networks.
+    """
+    from p2pvpn.host import background
+
+    already = background.is_running()
+    if not already:
+        background.start(port=port, plane=plane)
+    _complain(run(ask_daemon("status"))["problems"])
+    return "p2pvpn is already up" if already else "p2pvpn is up"
 
 
 @click.command()
 def down() -> None:
     """Take this machine's networks down; the memberships stay."""
-    from p2pvpn.host import daemon
+    from p2pvpn.host import background
 
-    click.echo("p2pvpn is down" if daemon.stop_background() else "p2pvpn was not up")
+    click.echo("p2pvpn is down" if background.stop() else "p2pvpn was not up")
 
 
 @click.command()
@@ -51,27 +57,26 @@ def down() -> None:
 @click.option("--plane", type=click.Choice(PLANES), help="What encrypts packets from now on.")
 def restart(port: int | None, plane: str | None) -> None:
     """Take the networks down and up again."""
-    from p2pvpn.host import daemon
+    from p2pvpn.host import background
 
-    daemon.stop_background()
+    background.stop()
     click.echo(start_daemon(port, plane))
 
 
 def reload_or_start() -> str:
-    """After a membership changed: tell the daemon, or start it."""
-    from p2pvpn.host import daemon
+    """After a membership changed: tell the daemon, or start it. Raises LocalError as `start_daemon` does."""
+    from p2pvpn.host import background
 
-    from .output import ask_daemon
-
-    if not daemon.is_running():
+    if not background.is_running():
         return start_daemon()
-    run(ask_daemon("reload"))
+    _complain(run(ask_daemon("reload"))["problems"])
     return "the running daemon has taken it up"
 
 
-def require_daemon() -> None:
-    """Raises LocalError with what to do when no daemon runs."""
-    from p2pvpn.host import daemon
-
-    if not daemon.is_running():
-        raise LocalError("p2pvpn is not up on this machine", hint="start it with: p2pvpn up")
+def _complain(problems: list[dict[str, Any]]) -> None:
+    """Raise the last problem, after the others are told."""
+    for number, problem in enumerate(problems, start=1):
+        what = f"network {problem['network']} is not up: {problem['message']}"
+        if number == len(problems):
+            raise LocalError(what, hint=problem["hint"], fault=Fault(problem["fault"]))
+        click.echo(f"error: {what}", err=True)

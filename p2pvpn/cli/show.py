@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .output import ask_daemon, json_option, run, show_json, show_table
+from .output import ask_daemon, daemon, json_option, run, show_json, show_table
 
 
 @click.command()
@@ -21,7 +21,10 @@ def status(as_json: bool) -> None:
     click.echo(
         f"p2pvpn {answer['version']}, UDP port {answer['port']}, {answer['plane']} plane, up {answer['up_s']:.0f} s"
     )
-    if not answer["networks"]:
+    for problem in answer["problems"]:
+        click.echo(f"error: network {problem['network']}: {problem['message']}", err=True)
+        click.echo(f"  {problem['hint']}", err=True)
+    if not answer["networks"] and not answer["problems"]:
         click.echo("this machine is in no network; p2pvpn join TOKEN brings it into one")
     for network in answer["networks"]:
         click.echo()
@@ -126,10 +129,8 @@ def events() -> None:
     """Print what happens, as it happens, one JSON object a line."""
 
     async def follow() -> None:
-        from p2pvpn.host.control import ControlClient, control_path
-
-        client = await ControlClient.connect(control_path())
-        async for event in client.events():
-            click.echo(json.dumps(event))
+        async with daemon() as client:
+            async for event in client.events():
+                click.echo(json.dumps(event))
 
     run(follow())

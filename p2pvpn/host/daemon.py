@@ -10,17 +10,15 @@ import contextlib
 import logging
 import os
 import signal
-import socket
 import sys
 import time
-from pathlib import Path
 
-from p2pvpn.core.errors import LocalError
+from p2pvpn.core.errors import LocalError, P2pvpnError
 from p2pvpn.identity.profile import Profile
 from p2pvpn.mesh.events import MeshEvent
 from p2pvpn.mesh.node import Node
 
-from . import planes, supervise
+from . import background, membership, planes, supervise
 from .control import ControlServer, control_path
 from .forwarder import UserForwarder
 from .guard import Guard
@@ -28,8 +26,8 @@ from .keylog import KeyLogFile
 from .netlink import Netlink
 from .requests import Requests
 from .resolver import SystemResolver
-from .service import NetworkService
-from .store import NetworkDirectory, StateLock, list_networks, runtime_root, state_root
+from .service import NetworkService, Problem
+from .store import NetworkDirectory, StateLock, list_networks, state_root
 from .underlay import Underlay
 
 log = logging.getLogger("p2pvpn")
@@ -37,14 +35,10 @@ log = logging.getLogger("p2pvpn")
 DEFAULT_PORT = 4500
 """UDP: IKE and ESP behind NATs (RFC 3948 section 4)."""
 MACHINE_FILE = "machine.json"
-START_S = 20.0
-"""How long `up` waits for the daemon to answer; it takes about a second."""
+REVIVE_FIRST_S, REVIVE_MAX_S = 1.0, 30.0
+"""Pauses between attempts to start a plane that died."""
 EVENTS_PER_S = 50
 """Events that reach the log; a storm is counted, not written."""
-
-
-def log_path() -> Path:
-    return state_root() / "daemon.log"
 
 
 class Daemon:
@@ -55,6 +49,7 @@ class Daemon:
         self._asked_plane = plane
         self._started = time.monotonic()
         self._services: dict[str, NetworkService] = {}
+        self.problems: list[Problem] = []
         self._stop = asyncio.Event()
         self._quota = (0.0, 0)
 
@@ -80,6 +75,7 @@ class Daemon:
         self.underlay = await Underlay.open(netlink, self._choose_port(list(profiles.values())))
         stack.callback(self.underlay.close)
         self._guard = Guard()
+        await self._guard.clear()
         stack.push_async_callback(self._guard.close)
         self.plane_choice = planes.choose(self._asked_plane)
         self.plane = planes.make(self.plane_choice, self.underlay.esp_sockets, netlink, self._guard)
@@ -108,6 +104,8 @@ class Daemon:
         stack.push_async_callback(self._close_services)
         for directory, profile in profiles.items():
             await self._start_network(directory, profile)
+        if self.problems and not self._services:
+            raise self.problems[0].error  # whoever starts us hears of it; a part of the networks is better than none
         await self.control.start()
         stack.push_async_callback(self.control.close)
 
@@ -120,7 +118,10 @@ class Daemon:
         return time.monotonic() - self._started
 
     async def reload(self) -> None:
-        """Memberships on disk changed: start new networks, stop those that were left, take in new grants."""
+        """Memberships on disk changed: start new networks, stop those that were left, take in new grants.
+
+        What is in the way of one is in `problems` then.
+        """
         profiles = self._load_all()
         wanted = {profile.genesis.network_id.hex(): (directory, profile) for directory, profile in profiles.items()}
         for identifier in [known for known in self._services if known not in wanted]:
@@ -135,9 +136,18 @@ class Daemon:
             await self._start_network(directory, profile)
 
     async def _start_network(self, directory: NetworkDirectory, profile: Profile) -> None:
-        service = NetworkService(self.node, directory, profile)
-        await service.open()
+        """Bring one up; what is in its way is noted, and the others go on."""
+        try:
+            service = NetworkService(self.node, directory, profile)
+            await service.open()
+        except P2pvpnError as problem:
+            self._note(directory, problem)
+            return
         self._services[profile.genesis.network_id.hex()] = service
+
+    def _note(self, directory: NetworkDirectory, problem: P2pvpnError) -> None:
+        log.error("network %s is not brought up: %s", directory.name, problem)
+        self.problems.append(Problem(directory.name, problem))
 
     async def _close_services(self) -> None:
         for identifier in list(self._services):
@@ -145,12 +155,13 @@ class Daemon:
 
     def _load_all(self) -> dict[NetworkDirectory, Profile]:
         """The profiles on disk; one that cannot be read is told of and left alone."""
+        self.problems = []
         profiles = {}
         for directory in list_networks(state_root()):
             try:
-                profiles[directory] = Profile.load(directory.open().read)
+                profiles[directory] = membership.load(directory)
             except LocalError as problem:
-                log.error("network %s is not brought up: %s", directory.name, problem)
+                self._note(directory, problem)
         return profiles
 
     def _choose_port(self, profiles: list[Profile]) -> int:
@@ -168,7 +179,15 @@ class Daemon:
         self.node.services.tasks.start(self._revive(), "revive the plane")
 
     async def _revive(self) -> None:
-        await self.plane.start()
+        pause_s = REVIVE_FIRST_S
+        while True:
+            try:
+                await self.plane.start()
+                break
+            except LocalError as problem:
+                log.error("the plane does not start, once more in %g s: %s", pause_s, problem)
+            await asyncio.sleep(pause_s)
+            pause_s = min(pause_s * 2, REVIVE_MAX_S)
         await self.node.plane_died()
 
     def _on_event(self, event: MeshEvent) -> None:
@@ -185,60 +204,15 @@ class Daemon:
 
 
 def run_foreground(*, port: int | None, plane: str | None, verbose: bool) -> None:
-    """Run the daemon in this process until it is told to stop. Raises LocalError."""
+    """Run the daemon in this process until it is told to stop. Raises P2pvpnError, and leaves word of it."""
     level = logging.INFO if verbose or not sys.stderr.isatty() else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for noisy in ("asyncio", "pyroute2", "kademlia", "rpcudp"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    if os.geteuid() != 0:
-        raise LocalError("p2pvpn up needs root for its TUN device and routes", hint="try again with sudo")
-    if not Path("/dev/net/tun").exists():
-        raise LocalError("this machine has no /dev/net/tun", hint="load the module: modprobe tun")
-    os.umask(0o077)
-    asyncio.run(Daemon(port, planes.wanted(plane)).run())
-
-
-# The command line's side.
-
-
-def is_running() -> bool:
-    """Whether a daemon answers at the control socket."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(1.0)
-        try:
-            probe.connect(str(control_path()))
-        except OSError:
-            return False
-        return True
-
-
-def start_background(*, port: int | None, plane: str | None = None) -> None:
-    """Start the daemon under systemd or under our own supervisor, and wait until it answers. Raises LocalError."""
-    if os.geteuid() != 0:
-        raise LocalError("p2pvpn up needs root for its TUN device and routes", hint="try again with sudo")
-    command = [sys.executable, "-m", "p2pvpn.cli.main", "up", "--foreground"]
-    if port is not None:
-        command += ["--port", str(port)]
-    if plane is not None:
-        command += ["--plane", plane]
-    if supervise.has_systemd() or supervise.running(runtime_root()) is None:
-        supervise.up(command, runtime_root(), log_path())
-    deadline = time.monotonic() + START_S
-    while not is_running():
-        if time.monotonic() > deadline or (not supervise.has_systemd() and supervise.running(runtime_root()) is None):
-            raise LocalError(f"the daemon does not come up: {_last_words()}", hint=f"its log is {log_path()}")
-        time.sleep(0.05)
-
-
-def stop_background() -> bool:
-    """End the daemon; False when none ran. Raises LocalError."""
-    return supervise.down(runtime_root())
-
-
-def _last_words() -> str:
-    """The last line of the log that says what is wrong."""
     try:
-        lines = log_path().read_text(errors="replace").splitlines()
-    except OSError:
-        return "it wrote no log"
-    return next((line for line in reversed(lines) if line.strip()), "it wrote no log")
+        background.require_able()
+        os.umask(0o077)
+        asyncio.run(Daemon(port, planes.wanted(plane)).run())
+    except P2pvpnError as problem:
+        background.leave_failure(problem)
+        raise

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from ipaddress import IPv6Address
 from typing import TYPE_CHECKING, Any
 
 import p2pvpn
-from p2pvpn.core.errors import LocalError
+from p2pvpn.core.errors import Fault, LocalError
 from p2pvpn.mesh.connect import ConnectError
 from p2pvpn.mesh.network import Network
 from p2pvpn.mesh.status import network_status, peer_status
 
 from .echo import Echo
-from .service import NetworkService
+from .service import NetworkService, Problem
 
 if TYPE_CHECKING:
     from .daemon import Daemon
@@ -29,6 +30,7 @@ class Requests:
         self._daemon = daemon
         self._echo = Echo()
         self._methods: dict[str, Callable[..., Awaitable[object]]] = {
+            "version": self.version,
             "status": self.status,
             "resolve": self.resolve,
             "ping": self.ping,
@@ -47,8 +49,12 @@ class Requests:
         try:
             work = handler(**params)
         except TypeError as problem:
-            raise LocalError(f"bad parameters for {method}: {problem}") from None
+            raise LocalError(f"bad parameters for {method}: {problem}", hint="p2pvpn restart") from None
         return await work
+
+    async def version(self) -> str:
+        """Asked first by every command, so it stays as it is in all versions."""
+        return p2pvpn.__version__
 
     async def status(self) -> dict[str, object]:
         daemon = self._daemon
@@ -59,6 +65,7 @@ class Requests:
             "plane_reason": daemon.plane_choice.reason,
             "up_s": round(daemon.up_s, 1),
             "networks": [network_status(network) for network in self._networks()],
+            "problems": [*(problem.as_dict() for problem in daemon.problems), *self._clock_problems()],
         }
 
     async def resolve(self, peer: str) -> dict[str, object]:
@@ -92,8 +99,26 @@ class Requests:
         token = service.invite(name, float(valid_s))
         return {"token": token.encode(), "name": name, "network": service.profile.name, "expires": token.expires}
 
-    async def reload(self) -> None:
+    async def reload(self) -> dict[str, object]:
+        """Look at the memberships on disk again; what is in the way of any of them."""
         await self._daemon.reload()
+        return {"problems": [problem.as_dict() for problem in self._daemon.problems]}
+
+    def _clock_problems(self) -> list[dict[str, object]]:
+        """Networks in which our own certificate does not hold by this machine's clock."""
+        found = []
+        for network in self._networks():
+            me, now = network.me, time.time()
+            if not me.not_before <= now <= me.not_after:
+                told = "has expired" if now > me.not_after else "is not valid yet"
+                clock = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(now))
+                problem = LocalError(
+                    f"this machine's certificate {told}; its clock says {clock}",
+                    hint="set the clock if it is wrong; else join again with a new token, or a new grant",
+                    fault=Fault.REFUSED,
+                )
+                found.append(Problem(network.standing.name, problem).as_dict())
+        return found
 
     def _networks(self) -> list[Network]:
         return [service.network for service in self._daemon.services if service.network is not None]
@@ -107,14 +132,17 @@ class Requests:
             return found[0]
         if not services:
             raise LocalError("this machine is in no network", hint="join one with: p2pvpn join TOKEN")
-        raise LocalError("which network?", hint="say it with --network: " + ", ".join(s.profile.name for s in services))
+        names = ", ".join(s.profile.name for s in services)
+        if name is not None and not found:
+            raise LocalError(f"no network {name!r} is up", hint=f"there are: {names}", fault=Fault.REFUSED)
+        raise LocalError("which network?", hint=f"say it with --network: {names}", fault=Fault.REFUSED)
 
     @staticmethod
     def _address(text: str) -> IPv6Address:
         try:
             return IPv6Address(text)
         except ValueError:
-            raise LocalError(f"{text!r} is not an overlay address") from None
+            raise LocalError(f"{text!r} is not an overlay address", fault=Fault.REFUSED) from None
 
     def _network_of(self, overlay: IPv6Address) -> Network:
         for network in self._networks():
@@ -138,4 +166,5 @@ class Requests:
         raise LocalError(
             f"{peer} is not known: {'; '.join(problems) or 'not in these networks'}",
             hint="p2pvpn status shows which hubs are attached",
+            fault=Fault.UNREACHABLE,
         )

@@ -291,7 +291,7 @@ def test_without_a_daemon_the_error_says_how_to_start_one(path):
             await ControlClient.connect(path)
         return refusal.value.hint
 
-    assert asyncio.run(main()) == "p2pvpn up"
+    assert asyncio.run(main()) == "start it with: p2pvpn up"
 
 
 def test_the_socket_of_a_dead_daemon_is_replaced_and_that_of_a_living_one_is_not(path):
