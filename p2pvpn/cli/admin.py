@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -20,16 +21,18 @@ network_option = click.option("--network", help="Which network, when this admin 
 
 
 def _passphrase(file: Path | None, *, new: bool = False) -> Secret:
-    """From the first line of a file, else by prompt; a new one twice."""
+    """From the first line of a file, or of standard input when it is no terminal, else by prompt; a new one twice."""
     if file is not None:
         value = file.read_bytes().partition(b"\n")[0].removesuffix(b"\r")
+    elif not sys.stdin.isatty():
+        value = sys.stdin.buffer.readline().rstrip(b"\r\n")
     else:
         typed = click.prompt("passphrase of the root key", hide_input=True, confirmation_prompt=new, err=True)
         value = str(typed).encode(errors="surrogateescape")
     if not value:
         raise LocalError(
             "the passphrase is empty",
-            hint="a root key without a passphrase belongs to whoever finds it",
+            hint="type one, or give --passphrase-file: a root key without one belongs to whoever finds it",
             fault=Fault.REFUSED,
         )
     return Secret(value)
@@ -122,6 +125,8 @@ def grant(
     from p2pvpn.host.admin_store import AdminStore
     from p2pvpn.identity.grants import Request
 
+    if hub is not None and not hub.strip():
+        raise LocalError("the hub's address is empty", hint="write --hub HOST or --hub HOST:PORT", fault=Fault.REFUSED)
     parsed = Request.decode_untrusted(request.strip())
     store = AdminStore.find(network)
     secret = _passphrase(passphrase_file)
@@ -146,10 +151,14 @@ def grant(
 
 @click.command()
 @click.argument("member")
-@click.option("--since", type=float, help="For an issuer: what it certified after this time (Unix seconds) is refused.")
+@click.option(
+    "--since",
+    type=click.IntRange(0, 10**10),
+    help="For an issuer: what it certified after this time (Unix seconds) is refused.",
+)
 @network_option
 @passphrase_option
-def revoke(member: str, since: float | None, network: str | None, passphrase_file: Path | None) -> None:
+def revoke(member: str, since: int | None, network: str | None, passphrase_file: Path | None) -> None:
     """Revoke MEMBER: a granted machine by name, any member by peer ID."""
     from p2pvpn.host.admin_store import AdminStore
 

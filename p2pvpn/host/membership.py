@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 
-from p2pvpn.core.errors import Fault, LocalError, P2pvpnError, TrustError
+from p2pvpn.core.errors import Fault, LocalError, P2pvpnError, TrustError, WireError
 from p2pvpn.identity.armour import Kind
 from p2pvpn.identity.enrolment import JoinResult, join_request
 from p2pvpn.identity.grants import Grant, Request
@@ -47,7 +47,14 @@ def is_token(text: str) -> bool:
 
 async def join(text: str) -> Profile:
     """Become a member by a token or a grant, and write it down. Raises P2pvpnError; nothing is changed then."""
-    return await _join_by_token(text) if is_token(text) else _join_by_grant(text)
+    if is_token(text):
+        return await _join_by_token(text)
+    if not text.strip().lower().startswith(Kind.GRANT.prefix + ":"):
+        raise WireError(
+            "this is neither a token nor a grant",
+            hint=f"a token begins with {Kind.TOKEN.prefix}: and a grant with {Kind.GRANT.prefix}:",
+        )
+    return _join_by_grant(text)
 
 
 async def _join_by_token(text: str) -> Profile:

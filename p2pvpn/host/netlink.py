@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import ipaddress
 import socket
 import struct
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from pyroute2 import AsyncIPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from p2pvpn.core.address import IpAddress, IpNetwork, normal_ip
-from p2pvpn.core.errors import LocalError
+from p2pvpn.core.errors import Fault, LocalError
 
 DEVICE_PREFIX = "p2pvpn"
 """Names of our own TUN devices start so; their addresses are never candidates."""
@@ -43,6 +44,7 @@ _IFF_UP, _IFF_LOOPBACK, _IFF_RUNNING = 0x1, 0x8, 0x40
 _IFA_F_TEMPORARY, _IFA_F_NODAD, _IFA_F_DADFAILED, _IFA_F_DEPRECATED, _IFA_F_TENTATIVE = 0x01, 0x02, 0x08, 0x20, 0x40
 _UNUSABLE = _IFA_F_TEMPORARY | _IFA_F_DADFAILED | _IFA_F_DEPRECATED | _IFA_F_TENTATIVE
 _IFA_F_NOPREFIXROUTE = 0x200
+_MAIN_TABLE = 254
 _QUEUE_PACKETS = 1000
 """Transmit queue of a TUN device: a burst of one TCP window at a gigabit and 10 ms."""
 
@@ -174,10 +176,11 @@ class Netlink:
     ) -> None:
         """Give a TUN device its MTU, addresses (each alone, not its subnet) and routes, and bring it up.
 
-        Raises LocalError with what the kernel said.
+        Raises LocalError with what the kernel said, or with whose route is in the way.
         """
-        _prepare_ipv6(name)
         index = await self.index(name)
+        await self._require_free(routes, index)
+        _prepare_ipv6(name)
         await self._ask("link", "set", index=index, mtu=mtu, txqlen=_QUEUE_PACKETS, state="up")
         for address in addresses:
             options: dict[str, Any] = {"address": str(address), "prefixlen": address.max_prefixlen}
@@ -186,6 +189,29 @@ class Netlink:
             await self._ask("addr", "add", index=index, **options)
         for route in routes:
             await self.add_route(name, route)
+
+    async def _require_free(self, wanted: Sequence[IpNetwork], own: int) -> None:
+        """Raises LocalError when another device has a route to a part of what we are about to route.
+
+        Ours would silently take the other's traffic, or the other keep ours. Routes of the main table only, as `ip
+        route` shows them; a default route, or any other wider one, is not in the way.
+        """
+        async for entry in await self._requests.get_routes(table=_MAIN_TABLE):
+            target, device = entry.get("dst"), entry.get("oif")
+            if target is None or device is None or device == own:
+                continue
+            found = ipaddress.ip_network(f"{target}/{entry['dst_len']}", strict=False)
+            for network in wanted:
+                if found.version == network.version and found.subnet_of(network):  # type: ignore[arg-type]
+                    raise LocalError(
+                        f"{found} is routed to {await self._name(device)} already, inside of our {network}",
+                        hint="take down whatever made that route (ip route shows it), then: p2pvpn restart",
+                        fault=Fault.MACHINE,
+                    )
+
+    async def _name(self, index: int) -> str:
+        found = [link.get("ifname") async for link in await self._requests.get_links(index)]
+        return str(found[0]) if found else f"device {index}"
 
     async def add_route(self, name: str, route: IpNetwork) -> None:
         """Send a prefix to the device. Raises LocalError."""

@@ -131,7 +131,9 @@ class Requests:
         if len(found) == 1:
             return found[0]
         if not services:
-            raise LocalError("this machine is in no network", hint="join one with: p2pvpn join TOKEN")
+            raise LocalError(
+                "this machine is in no network", hint="join one with: p2pvpn join TOKEN", fault=Fault.REFUSED
+            )
         names = ", ".join(s.profile.name for s in services)
         if name is not None and not found:
             raise LocalError(f"no network {name!r} is up", hint=f"there are: {names}", fault=Fault.REFUSED)
@@ -153,7 +155,9 @@ class Requests:
     async def _find(self, peer: str) -> tuple[Network, IPv6Address]:
         networks = self._networks()
         if not networks:
-            raise LocalError("this machine is in no network", hint="join one with: p2pvpn join TOKEN")
+            raise LocalError(
+                "this machine is in no network", hint="join one with: p2pvpn join TOKEN", fault=Fault.REFUSED
+            )
         answers = await asyncio.gather(*(n.directory.resolve(peer) for n in networks), return_exceptions=True)
         problems = []
         for network, answer in zip(networks, answers, strict=True):

@@ -194,10 +194,14 @@ def find_network(root: Path, wanted: str | None = None) -> NetworkDirectory:
         return found[0]
     names = ", ".join(f"{network.name} ({network.id_prefix})" for network in known)
     if not known:
-        raise LocalError("this machine is in no network", hint="p2pvpn join TOKEN, or p2pvpn network create NAME")
+        raise LocalError(
+            "this machine is in no network",
+            hint="p2pvpn join TOKEN, or p2pvpn network create NAME",
+            fault=Fault.REFUSED,
+        )
     if not found:
         raise LocalError(f"no network {wanted!r} here", hint=f"there are: {names}", fault=Fault.REFUSED)
-    raise LocalError("more than one network fits", hint=f"name one of: {names}")
+    raise LocalError("more than one network fits", hint=f"name one of: {names}", fault=Fault.REFUSED)
 
 
 class StateLock:

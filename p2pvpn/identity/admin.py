@@ -386,28 +386,44 @@ class AdminNetwork:
     def _check(self, request: Request, name: str, *, hub: bool, issuer: bool) -> None:
         other = next((e for e in self._ledger.values() if e.name == name and e.peer_id != request.peer_id), None)
         if other is not None:
-            raise LocalError(f"{name} is another machine's name", hint="choose another name, or revoke that machine")
+            raise LocalError(
+                f"{name} is another machine's name",
+                hint="choose another name, or revoke that machine",
+                fault=Fault.REFUSED,
+            )
         if request.peer_id in self.document.revoked_peers:
-            raise LocalError("this key was revoked", hint="make a new key on the machine, and a new request")
+            raise LocalError(
+                "this key was revoked", hint="make a new key on the machine, and a new request", fault=Fault.REFUSED
+            )
         if issuer and not hub:
-            raise LocalError("an issuer has to be a hub, so that new members can reach it", hint="give --hub ADDRESS")
+            raise LocalError(
+                "an issuer has to be a hub, so that new members can reach it",
+                hint="give --hub ADDRESS",
+                fault=Fault.REFUSED,
+            )
         if issuer and request.issuing_key is None:
-            raise LocalError("the request has no issuing key in it", hint="print a new request on the machine")
+            raise LocalError(
+                "the request has no issuing key in it", hint="print a new request on the machine", fault=Fault.REFUSED
+            )
 
     def _prefix(self, item: IpNetwork | str) -> IpNetwork:
         try:
             network = ip_network(item)
         except ValueError as problem:
-            raise LocalError(f"{item} is not a prefix: {problem}") from None
+            raise LocalError(f"not a prefix: {problem}", hint="write it as 192.0.2.0/24", fault=Fault.REFUSED) from None
         for own in (self.genesis.ipv4_pool, self.genesis.ipv6_prefix):
             if network.version == own.version and network.overlaps(own):
-                raise LocalError(f"{network} overlaps the network's own addresses {own}")
+                raise LocalError(
+                    f"{network} overlaps the network's own addresses {own}",
+                    hint="serve a smaller prefix, beside them",
+                    fault=Fault.REFUSED,
+                )
         return network
 
     def _old_name(self, peer: PeerId) -> str:
         entry = self._ledger.get(peer)
         if entry is None:
-            raise LocalError("the request has no name in it", hint="give --name NAME")
+            raise LocalError("the request has no name in it", hint="give --name NAME", fault=Fault.REFUSED)
         return entry.name
 
     def _free_share(self) -> int:
@@ -415,7 +431,7 @@ class AdminNetwork:
         taken |= {share for share in range(1, RANGES) if self._is_listed(share)}
         free = next((share for share in range(1, RANGES) if share not in taken), None)
         if free is None:
-            raise LocalError(f"a network has at most {RANGES - 1} issuers")
+            raise LocalError(f"a network has at most {RANGES - 1} issuers", hint="grant the hub without --issuer")
         return free
 
     def _is_listed(self, share: int) -> bool:
@@ -434,7 +450,9 @@ class AdminNetwork:
         entry = entry or next((e for e in self._ledger.values() if e.name == who), None)
         if entry is None:
             raise LocalError(
-                f"{who} was not granted here", hint="members that an issuer certified are named by their peer ID"
+                f"{who} was not granted here",
+                hint="members that an issuer certified are named by their peer ID",
+                fault=Fault.REFUSED,
             )
         return entry
 

@@ -22,7 +22,7 @@ from enum import Enum
 from functools import cached_property
 
 from p2pvpn.core.address import Endpoint
-from p2pvpn.core.errors import LocalError, TrustError, WireError
+from p2pvpn.core.errors import Fault, LocalError, TrustError, WireError
 from p2pvpn.core.ids import NETWORK_ID_BYTES, PEER_ID_BYTES, NetworkId, PeerId
 from p2pvpn.crypto.signatures import Scheme, verify
 
@@ -272,22 +272,26 @@ class NetworkDocument:
         return member.is_hub and member.peer_id in self.hub_ids
 
 
+_ADDRESS_HINT = "write HOST or HOST:PORT, and [IPV6]:PORT"
+
+
 def split_address(text: str) -> tuple[str, int | None]:
     """Host and port of `host`, `host:port`, `[2001:db8::1]:port` or `2001:db8::1`. Raises LocalError."""
     host, port = text, ""
     if text.startswith("["):
         host, bracket, tail = text[1:].partition("]")
         if not bracket or (tail and not tail.startswith(":")):
-            raise LocalError(f"{text!r} is not an address")
+            raise LocalError(f"{text!r} is not an address", hint=_ADDRESS_HINT, fault=Fault.REFUSED)
         port = tail[1:]
     elif text.count(":") == 1:
         host, _, port = text.partition(":")
     if not host or len(text) > MAX_ADDRESS_CHARS or not host.isascii() or not host.isprintable() or " " in host:
-        raise LocalError(f"{text!r} is not an address", hint="write HOST or HOST:PORT")
+        shown = text if len(text) <= MAX_ADDRESS_CHARS else text[:20] + "..."
+        raise LocalError(f"{shown!r} is not an address", hint=_ADDRESS_HINT, fault=Fault.REFUSED)
     if not port:
         return host, None
     if not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
-        raise LocalError(f"{port!r} is not a port")
+        raise LocalError(f"{port!r} is not a port", hint="a port is a number from 1 to 65535", fault=Fault.REFUSED)
     return host, int(port)
 
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from enum import Enum
 from ipaddress import IPv4Address
 
-from p2pvpn.core.errors import LocalError, TrustError, WireError
+from p2pvpn.core.errors import Fault, LocalError, TrustError, WireError
 from p2pvpn.core.ids import NETWORK_ID_BYTES, PEER_ID_BYTES, NetworkId, PeerId
 from p2pvpn.core.limits import BoundedTable, SourceLimiter
 from p2pvpn.core.ports import Entropy
@@ -232,7 +232,7 @@ class Issuer:
         self._forget(wall)
         document = self.trust.document
         if any(hub.name == name for hub in document.hubs):
-            raise LocalError(f"{name} is the name of a hub", hint="choose another name")
+            raise LocalError(f"{name} is the name of a hub", hint="choose another name", fault=Fault.REFUSED)
         if not replaces and self._holder_of(name) is not None:
             raise LocalError(
                 f"{name} is a member already", hint="choose another name, or say that the new machine replaces it"
@@ -242,7 +242,9 @@ class Issuer:
         addresses = [a for hub in ([own] if own else []) for a in hub.enrol_addresses]
         addresses += [hub.enrol_addresses[0] for hub in others]
         if not addresses:
-            raise LocalError("the network document lists no hub yet", hint="grant a hub its address first")
+            raise LocalError(
+                "the network document lists no hub yet", hint="grant a hub its address first", fault=Fault.REFUSED
+            )
         self._book.withdraw(name)
         expires = int(wall + lifetime)
         secret = self._book.invite(name, expires=expires, wall=wall, entropy=self._entropy, replaces=replaces)

@@ -118,7 +118,8 @@ def test_on_a_full_disk_the_old_content_stands(tmp_path):
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines() == ["cannot write document: No space left on device | free some space"] * 2
+    said = "cannot write document: No space left on device | free some space and try again; nothing was changed"
+    assert done.stdout.splitlines() == [said] * 2
 
 
 def test_one_daemon_owns_the_state(tmp_path):
