@@ -10,13 +10,16 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 from ipaddress import IPv6Address
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from p2pvpn.core.address import Endpoint, Path, any_local
 from p2pvpn.core.errors import P2pvpnError
 
 from .relaying import RelayPath
 from .services import Services
+
+if TYPE_CHECKING:
+    from .directory import Locator
 
 
 class ConnectError(P2pvpnError):
@@ -61,10 +64,14 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """Where a peer may be found: endpoints that answer strangers, and the hubs that can call it."""
+    """Where a peer may be found: endpoints that answer strangers, and for peers the locator with more."""
 
     endpoints: tuple[Endpoint, ...]
-    is_hub: bool
+    locator: Locator | None
+
+    @property
+    def is_hub(self) -> bool:
+        return self.locator is None
 
 
 class Finder(Protocol):
@@ -72,8 +79,12 @@ class Finder(Protocol):
 
     async def locate(self, overlay: IPv6Address) -> Located: ...
 
-    async def relay_to(self, overlay: IPv6Address) -> RelayPath:
-        """A relay bound on our side, with the peer invited to the other. Raises ConnectError."""
+    async def relay_to(self, locator: Locator) -> RelayPath:
+        """Call the peer: a relay that we bind to, with the peer invited to the other side. Raises ConnectError."""
+        ...
+
+    async def relay_anew(self, overlay: IPv6Address, dead: Endpoint) -> RelayPath:
+        """The same for a live SA whose path to `dead` died. Raises ConnectError."""
         ...
 
     def is_connected(self, overlay: IPv6Address) -> bool:
@@ -85,25 +96,47 @@ class Finder(Protocol):
         ...
 
 
-async def connect(finder: Finder, services: Services, attempt: Attempt) -> None:
-    """Bring an SA with `attempt.overlay` up. Raises ConnectError with the step that failed."""
-    located = await finder.locate(attempt.overlay)
+async def connect(finder: Finder, services: Services, attempt: Attempt, relay: RelayPath | None = None) -> None:
+    """Bring an SA with `attempt.overlay` up, over `relay` if there is one already. Raises ConnectError with the step
+    that failed.
+    """
+    if relay is None:
+        located = await finder.locate(attempt.overlay)
+        if await _dial_all(finder, services, attempt, located) or finder.is_connected(attempt.overlay):
+            return
+        assert located.locator is not None
+        relay = await finder.relay_to(located.locator)
+        if finder.is_connected(attempt.overlay):
+            return
+    await _dial_over(finder, services, attempt, relay)
+
+
+async def _dial_all(finder: Finder, services: Services, attempt: Attempt, located: Located) -> bool:
+    """Dial the endpoints one after another; whether one answered. Raises ConnectError when no hub's does."""
     tuning = services.tuning
     for endpoint in located.endpoints:
         attempt.path = any_local(endpoint, services.underlay.port)
         try:
             await finder.dial(attempt, tuning.hub_dial_timeout_s if located.is_hub else tuning.direct_dial_timeout_s)
-            return
+            return True
         except ConnectError:
             if located.is_hub and endpoint == located.endpoints[-1]:
                 raise
             attempt.abandon(services)
             attempt.done = _outcome()
             attempt.sa_id = None
-    if finder.is_connected(attempt.overlay):
-        return
-    relay = await finder.relay_to(attempt.overlay)
-    if finder.is_connected(attempt.overlay):
-        return
+    return False
+
+
+async def _dial_over(finder: Finder, services: Services, attempt: Attempt, relay: RelayPath) -> None:
+    """IKE goes out right behind the bind, which the relay takes at once when it knows our address; if it did not, the
+    first message was lost, and goes again when the relay is bound.
+    """
+
+    def bound(at_once: bool) -> None:
+        if not at_once and attempt.sa_id is not None:
+            services.ike.resend(attempt.sa_id)
+
     attempt.path = relay.path
-    await finder.dial(attempt, tuning.connect_timeout_s)
+    relay.when_bound(bound, lambda: attempt.fail("the relay does not answer"))
+    await finder.dial(attempt, services.tuning.connect_timeout_s)

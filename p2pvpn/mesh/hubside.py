@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable
 from ipaddress import IPv6Address
-from typing import Protocol
+from typing import Any, Protocol
 
 from p2pvpn.core.address import Endpoint, IpAddress
 from p2pvpn.core.errors import LocalError, P2pvpnError, TrustError
@@ -24,7 +24,7 @@ from p2pvpn.identity.member import Member
 from p2pvpn.relay.limits import RelayLimits
 from p2pvpn.relay.server import Answer, Bind, ClosePair, Forward, RelayServer
 
-from .calls import CALL, FORWARD, MEET, Call, Invitation, Meet
+from .calls import CALL, FORWARD, MEET, Call, Invitation, Meet, decode_address_untrusted, encode_address
 from .calls import Forward as ForwardCall
 from .directory import Directory
 from .ports import Forwarder
@@ -45,7 +45,11 @@ class Refusal:
 
 
 FORWARD_TRIES = 3
-"""Hubs of the target that are asked in turn."""
+"""Hubs of the target that are asked."""
+FORWARD_STAGGER_S = 0.1
+"""A hub that takes longer to answer is not waited for: the next one is asked too."""
+FORWARD_TIMEOUT_S = 1.5
+"""For each of them; the caller waits twice as long."""
 USAGE_POLL_S = 10.0
 
 
@@ -153,12 +157,15 @@ class HubSide:
         self._judge(caller, call.target)
         relays, side_a, side_b = await self._allocate(caller, call.target)
         overlay = self._registry.standing.overlay_of(call.target)
-        meet = Meet(call.certificate, Invitation(relays(side_b[0]), side_b[1]))
-        if self._registry.outer_address(overlay) is not None:
+        invitation = Invitation(relays(side_b[0]), side_b[1], self._registry.outer_address(sender))
+        meet = Meet(call.certificate, invitation, call.resume)
+        seen_at = self._registry.outer_address(overlay)
+        if seen_at is not None:
             self._services.tasks.start(self._invite(overlay, meet), f"invite {overlay}")
         else:
-            await self._forward(call, meet)
-        return Invitation(relays(side_a[0]), side_a[1]).encode()
+            seen_at = await self._forward(call, meet)
+            self.relay.owner_at(call.target, seen_at)
+        return Invitation(relays(side_a[0]), side_a[1], seen_at).encode()
 
     async def _allocate(
         self, caller: Member, target: PeerId
@@ -199,31 +206,45 @@ class HubSide:
         except P2pvpnError:
             return  # The caller's IKE retransmits, and its next attempt tries another hub.
 
-    async def _forward(self, call: Call, meet: Meet) -> None:
-        problem: P2pvpnError = RpcRefusedError(Refusal.ABSENT, "no hub knows the peer")
-        forward = ForwardCall(call.target, meet).encode()
-        for hub in call.hubs[:FORWARD_TRIES]:
-            overlay = self._registry.standing.overlay_of(hub)
-            if hub == self._registry.standing.me.peer_id or not self._registry.is_hub(overlay):
-                continue
-            try:
-                await self._rpc.request(overlay, FORWARD, forward, timeout=1.5)
-                return
-            except P2pvpnError as refusal:
-                problem = refusal
-        raise RpcRefusedError(Refusal.ABSENT, f"the peer could not be told: {problem}")
+    async def _forward(self, call: Call, meet: Meet) -> IpAddress | None:
+        """Have the target told by a hub of its own; returns where that hub sees it."""
+        registry = self._registry
+        overlays = [registry.standing.overlay_of(hub) for hub in call.hubs if hub != registry.standing.me.peer_id]
+        hubs = sorted(filter(registry.is_hub, overlays), key=self._rpc.is_silent)[:FORWARD_TRIES]
+        args = ForwardCall(call.target, meet).encode()
+        problem = "no hub knows the peer"
+        asking: set[asyncio.Task[Any]] = set()
+        try:
+            while hubs or asking:
+                if hubs:
+                    request = self._rpc.request(hubs.pop(0), FORWARD, args, timeout=FORWARD_TIMEOUT_S)
+                    asking.add(asyncio.create_task(request, name="forward"))
+                done, asking = await asyncio.wait(
+                    asking, timeout=FORWARD_STAGGER_S if hubs else None, return_when=asyncio.FIRST_COMPLETED
+                )
+                for task in done:
+                    try:
+                        return decode_address_untrusted(await task)
+                    except P2pvpnError as refusal:
+                        problem = f"the peer could not be told: {refusal}"
+        finally:
+            for task in asking:
+                task.cancel()
+            await asyncio.gather(*asking, return_exceptions=True)
+        raise RpcRefusedError(Refusal.ABSENT, problem)
 
-    async def _on_forward(self, sender: IPv6Address, args: object) -> list[object]:
+    async def _on_forward(self, sender: IPv6Address, args: object) -> bytes:
         forward = ForwardCall.decode_untrusted(args)
         if not self._registry.is_hub(sender):
             raise RpcRefusedError(Refusal.FOREIGN, "only hubs forward calls")
         caller = self._caller(forward.meet.certificate)
         overlay = self._registry.standing.overlay_of(forward.target)
-        if self._registry.outer_address(overlay) is None:
+        seen_at = self._registry.outer_address(overlay)
+        if seen_at is None:
             raise RpcRefusedError(Refusal.ABSENT, "the peer is not attached here")
         self._judge(caller, forward.target)
         self._services.tasks.start(self._invite(overlay, forward.meet), "invite for another hub")
-        return []
+        return encode_address(seen_at)
 
     def _judge(self, caller: Member, target: PeerId) -> None:
         """Refuses what the document forbids; a target we know nothing of is left to its own hub and to itself."""

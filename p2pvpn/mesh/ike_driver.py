@@ -112,6 +112,10 @@ class IkeDriver:
         """Ask whether the peer lives."""
         self.post(lambda now: self.endpoint.probe(sa_id, now))
 
+    def resend(self, sa_id: int) -> None:
+        """Send the request under way once more, now."""
+        self.post(lambda now: self.endpoint.resend(sa_id, now))
+
     def close(self, sa_id: int, reason: str) -> None:
         """Delete an SA."""
         self.post(lambda now: self.endpoint.close(sa_id, now, reason))

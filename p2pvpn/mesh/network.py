@@ -23,17 +23,17 @@ from p2pvpn.identity.keys import PeerKey
 from p2pvpn.identity.member import Member
 from p2pvpn.ike.config import Credential, IkeId, Initiate
 from p2pvpn.ike.notifies import Notify
-from p2pvpn.ike.outputs import Informed, MoveFailed, SaClosed, SaEstablished, SaMoved
+from p2pvpn.ike.outputs import Informed, Liveness, MoveFailed, SaClosed, SaEstablished, SaMoved
 from p2pvpn.punch.candidates import Candidate, encode_candidates
 
 from .attach import Attachments
 from .connect import Attempt, ConnectError, Located
-from .directory import Directory
+from .directory import Directory, Locator
 from .events import DocumentReplaced, HubAttached, HubDetached, MeshEvent
 from .gossip import DocumentGossip
 from .hubside import HubSide
 from .notices import CANDIDATES, DocumentVersion, document_version
-from .ports import Resolver
+from .ports import Resolver, SaUsage
 from .relaying import RelayPath
 from .rendezvous import Rendezvous
 from .services import Services
@@ -179,14 +179,27 @@ class Network:
         self._adopt(raw, source)
 
     async def _inspect(self) -> None:
+        """Look at every SA's counters now and then, and closely at those with traffic."""
+        tuning = self._services.tuning
+        inspect_at = self._services.now
         while True:
-            await asyncio.sleep(self._services.tuning.loss_suspect_s)
-            live = [s.current.child_id for s in self.sessions.values() if s.current is not None]
-            usage = await self._services.plane.usage(live)
-            for overlay, session in list(self.sessions.items()):
-                session.inspect(usage)
-                if session.idle and not self.is_hub(overlay):
-                    del self.sessions[overlay]
+            busy = [session for session in self.sessions.values() if session.is_busy]
+            await asyncio.sleep(tuning.watch_s if busy else max(tuning.watch_s, inspect_at - self._services.now))
+            if self._services.now >= inspect_at:
+                inspect_at = self._services.now + tuning.inspect_s
+                await self._look_at(list(self.sessions.values()), Session.inspect)
+                for overlay, session in list(self.sessions.items()):
+                    if session.idle and not self.is_hub(overlay):
+                        del self.sessions[overlay]
+            else:
+                await self._look_at(busy, Session.watch)
+
+    async def _look_at(self, sessions: list[Session], look: Callable[[Session, SaUsage], None]) -> None:
+        live = [session.current.child_id for session in sessions if session.current is not None]
+        usage = await self._services.plane.usage(live)
+        for session in sessions:
+            if session.current is not None:
+                look(session, usage.get(session.current.child_id, SaUsage()))
 
     # The network document.
 
@@ -260,21 +273,24 @@ class Network:
         hub = self.attachments.hub_at(overlay)
         if hub is None:
             locator = await self.directory.locator(overlay)
-            return Located(locator.endpoints, False)
+            return Located(locator.endpoints, locator)
         entry = self.standing.document.hub(hub.peer_id)
         endpoints: list[Endpoint] = []
         for address in entry.addresses if entry is not None else ():
             endpoints += await self._resolver.resolve(address, DEFAULT_HUB_PORT)
         if not endpoints:
             raise ConnectError("locate", f"no address of hub {hub.name} can be resolved")
-        return Located(tuple(endpoints), True)
+        return Located(tuple(endpoints), None)
 
     def is_connected(self, overlay: IPv6Address) -> bool:
         session = self.sessions.get(overlay)
         return session is not None and session.connected
 
-    async def relay_to(self, overlay: IPv6Address) -> RelayPath:
-        return await self.rendezvous.relay_to(overlay)
+    async def relay_to(self, locator: Locator) -> RelayPath:
+        return await self.rendezvous.relay_to(locator)
+
+    async def relay_anew(self, overlay: IPv6Address, dead: Endpoint) -> RelayPath:
+        return await self.rendezvous.relay_to(await self.directory.locator(overlay), dead=dead)
 
     async def dial(self, attempt: Attempt, timeout_s: float) -> None:
         """Run IKE over the attempt's path. Raises ConnectError."""
@@ -315,9 +331,6 @@ class Network:
         self.on_member(member)
         session = self.session(member.overlay)
         self._by_sa[event.sa] = session
-        relay = session.relays.get(event.path.remote)
-        if relay is not None:
-            relay.claimed = True
         session.established(event, child_id)
         self._session_changed(session, "")
         self._compare_version(session, event.notifies)
@@ -339,6 +352,10 @@ class Network:
                 session = self._by_sa.get(sa)
                 if session is not None:
                     session.move_failed(sa, path, reason)
+            case Liveness(sa=sa):
+                session = self._by_sa.get(sa)
+                if session is not None:
+                    session.alive(sa)
             case Informed(sa=sa, notifies=notifies):
                 session = self._by_sa.get(sa)
                 if session is not None:

@@ -22,6 +22,7 @@ from p2pvpn.ike.endpoint import IkeEndpoint
 from p2pvpn.ike.outputs import (
     Informed,
     InstallChild,
+    Liveness,
     MoveFailed,
     Refused,
     RemoveChild,
@@ -249,7 +250,7 @@ class Node:
                 network = self._network_of.pop(sa, None)
                 if network is not None:
                     network.on_ike(output)
-            case SaMoved(sa=sa) | Informed(sa=sa) | MoveFailed(sa=sa):
+            case SaMoved(sa=sa) | Informed(sa=sa) | Liveness(sa=sa) | MoveFailed(sa=sa):
                 if sa in self._network_of:
                     self._network_of[sa].on_ike(output)
             case Refused(path=path, reason=reason):

@@ -15,19 +15,26 @@ from p2pvpn.relay.wire import RelayTicket
 from .ports import Underlay
 from .pump import Pump
 
+CONFIRM_MARGIN_S = 0.1
+"""With two round trips: two or three packets to a relay that worked a moment ago. To be wrong costs one call."""
+AT_ONCE_S = 0.001
+
 
 class RelayFailed(RemoteError):
     """The relay did not let us bind."""
 
 
 class RelayPath:
-    """One bound relay port: `path` stands for the peer on the other side. `claimed` once an SA began on it."""
+    """One relay port of ours: `path` stands for the peer on the other side. `claimed` once an SA began on it."""
 
     def __init__(self, pump: RelayClientPump, path: Path) -> None:
         self._pump = pump
         self.path = path
         self.claimed = False
         self.on_lost: Callable[[RelayPath], None] | None = None
+        self._bound: bool | None = None
+        self._on_bound: Callable[[bool], None] | None = None
+        self._on_unbound: Callable[[], None] | None = None
 
     @property
     def endpoint(self) -> Endpoint:
@@ -36,6 +43,32 @@ class RelayPath:
     @property
     def rtt_s(self) -> float | None:
         return self._pump.rtt_of(self.endpoint)
+
+    def when_bound(self, bound: Callable[[bool], None], failed: Callable[[], None]) -> None:
+        """Call `bound` when the relay answered the first bind, with whether that was its first packet: what was sent
+        behind it arrived then. Call `failed` if it never answers.
+        """
+        self._on_bound, self._on_unbound = bound, failed
+        if self._bound is not None:
+            bound(self._bound)
+
+    def note_bound(self, at_once: bool) -> None:
+        """The relay answered."""
+        if self._bound is None:
+            self._bound = at_once
+            if self._on_bound is not None:
+                self._on_bound(at_once)
+
+    def note_lost(self) -> None:
+        """The relay does not answer any more, or never did."""
+        if self._bound is None and self._on_unbound is not None:
+            self._on_unbound()
+        if self.on_lost is not None:
+            self.on_lost(self)
+
+    @property
+    def is_bound(self) -> bool:
+        return self._bound is not None
 
     def rebind(self) -> None:
         """Prove ourselves again at once; the old binding serves meanwhile."""
@@ -63,6 +96,7 @@ class RelayClientPump:
         self._paths: dict[Endpoint, RelayPath] = {}
         self._waiting: dict[Endpoint, list[asyncio.Future[None]]] = {}
         self._rtts: dict[Endpoint, float] = {}
+        self._opened_at: dict[Endpoint, float] = {}
         self._timeout_s = timeout_s
         self._confirm_timeout_s = confirm_timeout_s
 
@@ -74,24 +108,38 @@ class RelayClientPump:
     def rtt_of(self, endpoint: Endpoint) -> float | None:
         return self._rtts.get(endpoint)
 
-    async def bind(self, ticket: bytes, relays: Sequence[Endpoint]) -> RelayPath:
-        """Bind at the first relay endpoint that works. Raises RelayFailed, or WireError for a bad ticket."""
+    async def bind(self, ticket: bytes, relays: Sequence[Endpoint], proven: str | None) -> RelayPath:
+        """Bind at one of the relay's endpoints. At the host `proven`, where our tunnel to the hub goes, without waiting
+        for the answer; else at the first that answers. Raises RelayFailed, or WireError for a bad ticket.
+        """
         parsed = RelayTicket.decode_untrusted(ticket)
+        usable = [relay for relay in relays if relay.port == parsed.port]
         problem = RelayFailed("the relay has no address that we can reach")
-        for relay in relays:
-            if relay.port != parsed.port:
-                continue
-            path = any_local(relay, self._underlay.port)
-            self._paths[relay] = RelayPath(self, path)
+        for relay in sorted(usable, key=lambda relay: relay.host != proven):
+            done = self._wait(relay)
+            path = self._open(parsed, relay)
+            if relay.host == proven:
+                return path
             try:
-                done = self._wait(relay)
-                self._pump.feed(self._clients.open(parsed, path.local, relay.host, self._pump.now))
                 await self._within(done, self._timeout_s)
-                return self._paths[relay]
+                return path
             except RelayFailed as failure:
                 self.release(relay)
                 problem = failure
         raise problem
+
+    def _open(self, ticket: RelayTicket, relay: Endpoint) -> RelayPath:
+        path = any_local(relay, self._underlay.port)
+        opened = self._paths[relay] = RelayPath(self, path)
+        self._opened_at[relay] = self._pump.now
+        self._pump.feed(self._clients.open(ticket, path.local, relay.host, self._pump.now))
+
+        def check() -> None:
+            if self._paths.get(relay) is opened and not opened.is_bound:
+                self._lose(relay)
+
+        asyncio.get_running_loop().call_later(self._timeout_s, check)
+        return opened
 
     async def confirm(self, relay: Endpoint) -> None:
         """Raises RelayFailed unless the relay answers a fresh bind."""
@@ -100,7 +148,9 @@ class RelayClientPump:
             raise RelayFailed("the relay is given up")
         done = self._wait(relay)
         self._pump.feed(client.rebind(self._pump.now))
-        await self._within(done, self._confirm_timeout_s)
+        rtt_s = self._rtts.get(relay)
+        patience_s = self._confirm_timeout_s if rtt_s is None else 2.0 * rtt_s + CONFIRM_MARGIN_S
+        await self._within(done, min(patience_s, self._confirm_timeout_s))
 
     def rebind(self, relay: Endpoint) -> None:
         client = self._clients.at(relay)
@@ -115,6 +165,7 @@ class RelayClientPump:
         self._clients.close(relay)
         self._paths.pop(relay, None)
         self._rtts.pop(relay, None)
+        self._opened_at.pop(relay, None)
         self._settle(relay, RelayFailed("the relay was given up"))
 
     def route(self, path: Path, data: bytes) -> bool:
@@ -153,10 +204,17 @@ class RelayClientPump:
     def _on_output(self, output: Output) -> None:
         match output:
             case RelayReady(path=path, rtt_s=rtt_s):
-                self._rtts[path.remote] = rtt_s
-                self._settle(path.remote, None)
+                relay = path.remote
+                self._rtts[relay] = rtt_s
+                self._settle(relay, None)
+                if relay in self._paths:
+                    elapsed_s = self._pump.now - self._opened_at[relay]
+                    self._paths[relay].note_bound(elapsed_s <= rtt_s + AT_ONCE_S)
             case RelayLost(path=path):
-                lost = self._paths.get(path.remote)
-                self.release(path.remote)
-                if lost is not None and lost.on_lost is not None:
-                    lost.on_lost(lost)
+                self._lose(path.remote)
+
+    def _lose(self, relay: Endpoint) -> None:
+        lost = self._paths.get(relay)
+        self.release(relay)
+        if lost is not None:
+            lost.note_lost()

@@ -6,13 +6,14 @@ import asyncio
 from collections.abc import Callable
 from ipaddress import IPv6Address
 
+from p2pvpn.core.address import Endpoint
 from p2pvpn.core.errors import P2pvpnError, TrustError
 from p2pvpn.dht.rpc import Code, RpcNode, RpcRefusedError
 
 from .attach import Attachments, Hub
 from .calls import CALL, MEET, Call, Invitation, Meet
 from .connect import ConnectError
-from .directory import Directory
+from .directory import Directory, Locator
 from .events import Called, EventSink, Refused
 from .relaying import RelayPath
 from .services import Services
@@ -49,14 +50,16 @@ class Rendezvous:
         self._emit = emit
         rpc.register(MEET, self._on_meet)
 
-    async def relay_to(self, overlay: IPv6Address) -> RelayPath:
-        """Call a peer through our hubs, those it is attached to first. Raises ConnectError."""
-        locator = await self._directory.locator(overlay)
-        call = Call(locator.peer_id, locator.hubs, self._standing.me.certificate)
-        attached = self._attachments.connected()
-        hubs = sorted(attached, key=lambda hub: (self._rpc.is_silent(hub.overlay), hub.peer_id not in locator.hubs))
+    async def relay_to(self, locator: Locator, *, dead: Endpoint | None = None) -> RelayPath:
+        """Call a peer through our hubs, those it is attached to first. Raises ConnectError.
+
+        With `dead`, for a live SA whose path to there died: a hub at that address is asked last.
+        """
+        overlay = self._standing.overlay_of(locator.peer_id)
+        call = Call(locator.peer_id, locator.hubs, self._standing.me.certificate, dead is not None)
+        hubs = sorted(self._attachments.connected(), key=lambda hub: self._rank(hub, locator, dead))
         problem = "no hub is attached"
-        asking: set[asyncio.Task[RelayPath]] = set()
+        asking: set[asyncio.Task[tuple[RelayPath, Invitation]]] = set()
         try:
             while hubs or asking:
                 if hubs:
@@ -66,9 +69,12 @@ class Rendezvous:
                 )
                 for task in done:
                     try:
-                        return self._keep(await task, overlay)
+                        relay, invitation = await task
                     except ConnectError as failure:
                         problem = str(failure)
+                    else:
+                        self._keep(relay, overlay, invitation)
+                        return relay
         finally:
             for task in asking:
                 task.cancel()
@@ -76,27 +82,32 @@ class Rendezvous:
         self._directory.forget(overlay)
         raise ConnectError("call", problem)
 
-    async def _ask(self, hub: Hub, call: Call) -> RelayPath:
+    def _rank(self, hub: Hub, locator: Locator, dead: Endpoint | None) -> tuple[bool, bool, bool]:
+        host = self._host_of(hub.overlay)
+        silent = self._rpc.is_silent(hub.overlay) or self._session(hub.overlay).is_doubtful
+        return dead is not None and dead.host == host, silent, hub.peer_id not in locator.hubs
+
+    def _host_of(self, hub: IPv6Address) -> str | None:
+        """Where our tunnel to a hub goes."""
+        current = self._session(hub).current
+        return None if current is None else current.path.remote.host
+
+    async def _ask(self, hub: Hub, call: Call) -> tuple[RelayPath, Invitation]:
         try:
             answer = await self._rpc.request(hub.overlay, CALL, call.encode(), timeout=CALL_TIMEOUT_S)
             invitation = Invitation.decode_untrusted(answer)
-            return await self._services.relays.bind(invitation.ticket, invitation.relays)
+            return await self._bind(hub.overlay, invitation), invitation
         except P2pvpnError as failure:
             self._session(hub.overlay).suspect()
             raise ConnectError("call", f"{hub.name}: {failure}") from None
 
-    def _keep(self, relay: RelayPath, overlay: IPv6Address) -> RelayPath:
-        session = self._session(overlay)
-        session.relays[relay.endpoint] = relay
-        relay.on_lost = session.relay_lost
+    async def _bind(self, hub: IPv6Address, invitation: Invitation) -> RelayPath:
+        return await self._services.relays.bind(invitation.ticket, invitation.relays, self._host_of(hub))
 
-        def give_up() -> None:
-            if not relay.claimed:
-                session.relays.pop(relay.endpoint, None)
-                relay.close()
-
-        asyncio.get_running_loop().call_later(UNCLAIMED_S, give_up)
-        return relay
+    def _keep(self, relay: RelayPath, overlay: IPv6Address, invitation: Invitation) -> None:
+        paths = self._session(overlay).paths
+        paths.keep(relay, invitation.other)
+        asyncio.get_running_loop().call_later(UNCLAIMED_S, paths.drop_unclaimed, relay)
 
     async def _on_meet(self, sender: IPv6Address, args: object) -> list[object]:
         meet = Meet.decode_untrusted(args)
@@ -110,12 +121,18 @@ class Rendezvous:
             raise RpcRefusedError(Code.APPLICATION, "the network document does not let us talk")
         self._directory.learn(caller)
         self._emit(Called(self._standing.label, caller.name, str(meet.invitation.relays[0])))
-        self._services.tasks.start(self._answer(meet.invitation, caller.overlay), f"meet {caller.name}")
+        self._services.tasks.start(self._answer(sender, meet, caller.overlay), f"meet {caller.name}")
         return []
 
-    async def _answer(self, invitation: Invitation, caller: IPv6Address) -> None:
+    async def _answer(self, hub: IPv6Address, meet: Meet, caller: IPv6Address) -> None:
+        if not self._session(caller).paths.relays.keys().isdisjoint(meet.invitation.relays):
+            return  # Two hubs told us of one relay.
         try:
-            self._keep(await self._services.relays.bind(invitation.ticket, invitation.relays), caller)
+            relay = await self._bind(hub, meet.invitation)
         except P2pvpnError as problem:
             name = self._directory.name_of(caller) or str(caller)
             self._emit(Refused(self._standing.label, name, f"relay: {problem}"))
+            return
+        self._keep(relay, caller, meet.invitation)
+        if meet.resume:
+            self._session(caller).resume(relay)

@@ -43,5 +43,9 @@ class Tuning:
     tunnels, PPPoE and mobile networks carry: nothing waits for path MTU discovery, which firewalls break."""
     sequence_limit: int = 3_000_000_000
     """Of 2^32 ESP sequence numbers without ESN; the SA is replaced when so many are used."""
-    loss_suspect_s: float = 1.0
-    """Traffic goes out and nothing comes back for this long: the path is verified at once."""
+    loss_suspect_s: float = 0.25
+    """Traffic goes out and nothing comes back for this long, or twice the round trip: the path is verified at once."""
+    watch_s: float = 0.1
+    """Between looks at the counters of SAs with traffic; each is one message to the plane."""
+    inspect_s: float = 1.0
+    """The same for all SAs."""

@@ -114,3 +114,16 @@ def test_the_same_seed_gives_the_same_trace() -> None:
         return life.world.trace.digest()
 
     assert trace() == trace()
+
+
+def test_the_relay_of_a_call_is_not_forgotten_before_the_caller_has_come() -> None:
+    """Sessions are tidied up once a second, in the middle of some connections."""
+    for step in range(20):
+        life = Life(30, "symmetric", "symmetric")
+
+        async def story(life: Life = life, step: int = step) -> None:
+            await asyncio.sleep(step * 0.05)
+            await life.ping(life.a, life.b, count=1)
+            assert life.path(life.a, life.b) == life.path(life.b, life.a) == "relayed"
+
+        life.run(story())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from p2pvpn.mesh.events import PeerLost
 from p2pvpn.mesh.tuning import Tuning
 from p2pvpn.sim.application import Pinger
@@ -38,16 +40,17 @@ def test_a_new_connection_is_made_while_a_hub_is_dead() -> None:
     life.run(story())
 
 
-def test_a_relayed_pair_finds_another_relay_when_its_hub_dies() -> None:
-    life = Life(7, "symmetric", "symmetric")
+@pytest.mark.parametrize("seed", [1, 2, 7])
+def test_a_relayed_pair_finds_another_relay_within_a_second_when_its_hub_dies(seed: int) -> None:
+    life = Life(seed, "symmetric", "symmetric")
 
     async def story() -> None:
         await life.ping(life.a, life.b)
-        running = Pinger(life.a.host, life.b.overlay, count=1000, interval_s=0.02)
+        running = Pinger(life.a.host, life.b.overlay, count=500, interval_s=0.02)
         await asyncio.sleep(1)
         life.relaying_hub().host.crash()
         report = await running.done()
-        assert report.longest_gap_s < 5
+        assert report.longest_gap_s < 1.0
         assert life.path(life.a, life.b) == "relayed"
 
     life.run(story())
@@ -64,25 +67,27 @@ def test_traffic_falls_back_to_the_relay_when_both_nats_turn_hostile() -> None:
         for home in life.homes.values():
             home.router.replace_nat(NatKind.of("symmetric"))
         report = await running.done()
-        assert report.longest_gap_s < 6
+        assert report.longest_gap_s < 1.5
         assert life.path(life.a, life.b) == life.path(life.b, life.a) == "relayed"
 
     life.run(story())
 
 
-def test_a_flushed_nat_is_survived_on_either_side() -> None:
-    for side in ("a", "b"):
-        life = Life(4)
+@pytest.mark.parametrize(("nat", "limit_s"), [("port-restricted", 0.5), ("ei/apd/random", 1.5), ("symmetric", 0.7)])
+@pytest.mark.parametrize("side", ["a", "b"])
+def test_a_flushed_nat_is_survived_on_either_side(side: str, nat: str, limit_s: float) -> None:
+    """The side behind it hears nothing any more, and checks: its packet opens the NAT again."""
+    life = Life(4, nat, nat)
 
-        async def story(life: Life = life, side: str = side) -> None:
-            await life.ping(life.a, life.b)
-            running = Pinger(life.a.host, life.b.overlay, count=1000, interval_s=0.02)
-            await asyncio.sleep(1)
-            life.homes[side].router.flush()
-            assert (await running.done()).longest_gap_s < 6
-            assert (await life.ping(life.b, life.a)).lost == []
+    async def story() -> None:
+        await life.ping(life.a, life.b)
+        running = Pinger(life.a.host, life.b.overlay, count=500, interval_s=0.02)
+        await asyncio.sleep(1)
+        life.homes[side].router.flush()
+        assert (await running.done()).longest_gap_s < limit_s
+        assert (await life.ping(life.b, life.a)).lost == []
 
-        life.run(story())
+    life.run(story())
 
 
 def test_a_peer_that_moves_to_another_home_is_found_again_without_a_new_sa() -> None:
@@ -94,7 +99,7 @@ def test_a_peer_that_moves_to_another_home_is_found_again_without_a_new_sa() -> 
         await asyncio.sleep(1)
         life.world.move(life.a, life.world.home("full-cone", name="cafe"))
         report = await running.done()
-        assert report.longest_gap_s < 6
+        assert report.longest_gap_s < 1
         assert life.heard(life.a, PeerLost) == []
         assert life.path(life.a, life.b) == "direct"
 
@@ -115,19 +120,30 @@ def test_an_sa_is_replaced_before_it_is_old_and_nothing_is_lost() -> None:
     life.run(story())
 
 
-def test_a_crashed_peer_is_reached_again_after_its_restart() -> None:
-    life = Life(8)
+@pytest.mark.parametrize("nat", ["port-restricted", "symmetric"])
+@pytest.mark.parametrize("who", ["a", "b"])
+def test_a_crashed_peer_is_reached_again_within_three_seconds_of_its_restart(who: str, nat: str) -> None:
+    """Whoever began the SA, and whether anything was sent meanwhile or not."""
+    for busy in (True, False):
+        life = Life(8, nat, nat)
 
-    async def story() -> None:
-        await life.ping(life.a, life.b)
-        life.b.host.crash()
-        await asyncio.sleep(1)
-        life.b.host.restart()
-        await life.start(life.b)
-        await asyncio.sleep(60)
-        assert (await life.ping(life.a, life.b, count=40)).lost == []
+        async def story(life: Life = life, busy: bool = busy) -> None:
+            crashed, other = (life.a, life.b) if who == "a" else (life.b, life.a)
+            await life.ping(life.a, life.b)
+            meanwhile = Pinger(other.host, crashed.overlay, count=150, interval_s=0.02) if busy else None
+            await asyncio.sleep(0.5)
+            crashed.host.crash()
+            await asyncio.sleep(1)
+            crashed.host.restart()
+            await life.start(crashed)
+            await asyncio.sleep(0.5)
+            if meanwhile is not None:
+                await meanwhile.done()
+            report = await life.ping(other, crashed, count=150, interval_s=0.02)
+            assert report.first_answer_s is not None
+            assert report.first_answer_s < 3
 
-    life.run(story())
+        life.run(story())
 
 
 def test_a_hub_that_restarts_with_an_empty_disk_has_its_records_back_from_its_neighbours() -> None:

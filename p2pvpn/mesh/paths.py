@@ -1,0 +1,388 @@
+"""The ways to one peer: relays at hand, punching for the direct one, and what to do when the one in use dies.
+
+- The SA's initiator moves it (RFC 4555 section 3.5). A dead path is left for the relay at hand; if the peer does not
+  answer over that either, for a fresh one, for which the peer is called.
+- A call says whether we have an SA with the peer. A peer that has none any more (it crashed) begins anew over the
+  relay; one that has it, and is its initiator, moves it there. So either end can save the other.
+- A better path is taken when the punching agent nominates it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from ipaddress import IPv6Address
+from typing import Any, Protocol
+
+from p2pvpn.core.address import Endpoint, IpAddress, Path
+from p2pvpn.core.errors import P2pvpnError, WireError
+from p2pvpn.core.output import Output
+from p2pvpn.identity.member import Member
+from p2pvpn.ike.notifies import Notify
+from p2pvpn.punch.agent import PunchAgent
+from p2pvpn.punch.candidates import Candidate, decode_candidates_untrusted
+from p2pvpn.punch.credentials import derive
+from p2pvpn.punch.events import PathLost, PathNominated, PunchFailed
+
+from .backoff import Backoff
+from .connect import Finder
+from .events import MeshEvent, PathChanged, Refused
+from .notices import CANDIDATES, find
+from .pump import Pump
+from .relaying import RelayPath
+from .services import Services
+
+ANSWER_S = 0.6
+"""How long a peer may take to answer over a path that is fine as far as we can see, before another is tried."""
+GIVE_UP_MOVES = 2
+"""Fresh relays, agreed on with the peer a moment ago, over which an SA may not answer before it counts as lost."""
+RETRY_MAX_S = 4.0
+"""Between calls for a fresh relay."""
+CHANCE_S = 0.5
+"""Whoever may not move an SA waits so long for the one who may."""
+
+
+class PathKind(Enum):
+    DIRECT = "direct"
+    MAPPED = "mapped"
+    RELAYED = "relayed"
+
+
+@dataclass(slots=True, eq=False)
+class LiveSa:
+    """An established IKE SA with its Child SA; `relay` is the relay at hand, the one it began on at first."""
+
+    id: int
+    child_id: int
+    initiator: bool
+    established_at: float
+    path: Path
+    relayed: bool = False
+    relay: RelayPath | None = None
+    agent: PunchAgent | None = None
+    pump: Pump | None = None
+    replaced: bool = False
+    move_reason: str = "better"
+    settled: asyncio.Event = field(default_factory=asyncio.Event)
+    """A move ended, well or not."""
+    alive: asyncio.Event = field(default_factory=asyncio.Event)
+    """The peer was heard since the path was doubted."""
+
+
+class Context(Finder, Protocol):
+    """What a session asks of its network."""
+
+    label: str
+
+    @property
+    def me(self) -> Member: ...
+
+    def emit(self, event: MeshEvent) -> None: ...
+
+    def local_candidates(self) -> list[Candidate]: ...
+
+    def name_of(self, overlay: IPv6Address) -> str: ...
+
+
+class Owner(Protocol):
+    """What the paths ask of their session."""
+
+    overlay: IPv6Address
+    current: LiveSa | None
+    last_failure: str
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def sas(self) -> Mapping[int, LiveSa]: ...
+
+    @property
+    def with_hub(self) -> bool:
+        """Whether one of us is a hub: then there is nothing to punch and no relay."""
+        ...
+
+    def begin_over(self, relay: RelayPath) -> None:
+        """Begin anew, over this relay."""
+        ...
+
+
+class Paths:
+    """One session's ways to its peer."""
+
+    def __init__(self, services: Services, context: Context, owner: Owner) -> None:
+        self._services = services
+        self._context = context
+        self._owner = owner
+        self.relays: dict[Endpoint, RelayPath] = {}
+        self._seen_at: IpAddress | None = None
+        """Where a hub saw the peer, when it was last called."""
+        self._rescue: asyncio.Task[None] | None = None
+
+    def kind(self, sa: LiveSa) -> PathKind:
+        return PathKind.RELAYED if sa.relayed else PathKind.DIRECT
+
+    def begun(self, sa: LiveSa, notifies: tuple[Notify, ...]) -> None:
+        """A new SA: it has the relay that it began on at hand, and looks for a direct path with the candidates that
+        came with it.
+        """
+        self._take_up(sa)
+        self._start_punching(sa, notifies)
+
+    def _take_up(self, sa: LiveSa) -> bool:
+        """The SA is on its path now; whether that is a relay that it did not have at hand."""
+        relay = self.relays.get(sa.path.remote)
+        sa.relayed = relay is not None
+        if relay is None or relay is sa.relay:
+            return False
+        relay.claimed = True
+        sa.relay = relay
+        return True
+
+    def rtt_s(self, sa: LiveSa) -> float | None:
+        """Round trip of the path in use, as last measured; seconds. Over a relay it is not known to the peer's end."""
+        if sa.agent is not None and sa.agent.selected == sa.path:
+            return next((pair.rtt_s for pair in sa.agent.report() if pair.path == sa.path), None)
+        if sa.relay is not None and sa.path.remote == sa.relay.endpoint and sa.relay.rtt_s is not None:
+            return 2.0 * sa.relay.rtt_s
+        return None
+
+    # Relays.
+
+    def keep(self, relay: RelayPath, seen_at: IpAddress | None) -> None:
+        """A relay to the peer, at which a hub saw the peer's tunnel come from `seen_at`."""
+        self.relays[relay.endpoint] = relay
+        relay.on_lost = self._relay_lost
+        if seen_at is not None:
+            self._seen_at = seen_at
+            for sa in self._owner.sas.values():
+                if sa.agent is not None:
+                    sa.agent.attest(str(seen_at))
+
+    def drop_unclaimed(self, relay: RelayPath) -> None:
+        """No SA began on it."""
+        if not relay.claimed:
+            self.relays.pop(relay.endpoint, None)
+            relay.close()
+
+    def _relay_lost(self, relay: RelayPath) -> None:
+        """The hub that relayed does not answer any more."""
+        self.relays.pop(relay.endpoint, None)
+        for sa in self._owner.sas.values():
+            if sa.relay is relay:
+                sa.relay = None
+            if sa is self._owner.current and sa.path.remote == relay.endpoint:
+                self.fall_back("relay lost")
+
+    def release(self) -> None:
+        """Give back the relays that no SA has at hand."""
+        used = {sa.relay for sa in self._owner.sas.values()}
+        for endpoint, relay in list(self.relays.items()):
+            if relay not in used and relay.claimed:
+                relay.close()
+                del self.relays[endpoint]
+
+    # Punching.
+
+    def _start_punching(self, sa: LiveSa, notifies: tuple[Notify, ...]) -> None:
+        if self._owner.with_hub:
+            return  # A hub is reachable as it is.
+        services = self._services
+        credentials = derive(
+            lambda label, length: services.ike.endpoint.export(sa.id, label, length), initiator=sa.initiator
+        )
+        agent = PunchAgent(
+            controlling=sa.initiator,
+            credentials=credentials,
+            tie_breaker=int.from_bytes(services.entropy(8), "big"),
+            entropy=services.entropy,
+            limits=services.punch_limits,
+        )
+        if self._seen_at is not None:
+            agent.attest(str(self._seen_at))
+        sa.agent = agent
+        sa.pump = Pump(agent, services.underlay, lambda output: self._on_punch(sa, output))
+        services.punch.register(agent)
+        services.agents[agent] = sa.pump
+        remote = self._candidates_of(notifies)
+        sa.pump.feed(agent.start(self._context.local_candidates(), remote, services.now))
+
+    def end_punching(self, sa: LiveSa) -> None:
+        if sa.agent is not None and sa.pump is not None:
+            sa.pump.feed(sa.agent.close())
+            sa.pump.close()
+            self._services.punch.unregister(sa.agent)
+            del self._services.agents[sa.agent]
+            sa.agent = sa.pump = None
+
+    def take_candidates(self, sa: LiveSa, notifies: tuple[Notify, ...]) -> None:
+        """The peer said something inside IKE: perhaps new candidates."""
+        if find(notifies, CANDIDATES) is not None and sa.agent is not None and sa.pump is not None:
+            sa.pump.feed(sa.agent.update_remote(self._candidates_of(notifies), self._services.now))
+
+    def network_changed(self) -> None:
+        """Another address, another chance: fresh candidates, and hubs learn where we are."""
+        candidates = self._context.local_candidates()
+        for sa in self._owner.sas.values():
+            if sa.agent is not None and sa.pump is not None:
+                sa.pump.feed(sa.agent.update_local(candidates, self._services.now))
+            elif sa.initiator:
+                self._services.ike.move(sa.id, sa.path)
+
+    def _candidates_of(self, notifies: tuple[Notify, ...]) -> tuple[Candidate, ...]:
+        data = find(notifies, CANDIDATES)
+        if data is None:
+            return ()
+        try:
+            return decode_candidates_untrusted(data)
+        except WireError as problem:
+            self._context.emit(Refused(self._context.label, self._owner.name, f"candidates: {problem}"))
+            return ()
+
+    def _on_punch(self, sa: LiveSa, output: Output) -> None:
+        match output:
+            case PathNominated(path=path):
+                if sa.initiator and sa.id in self._owner.sas:
+                    self._move(sa, path, "better")
+            case PathLost(path=path, reason=reason):
+                # It may be our own NAT that forgot us: the relay and the hubs should know our new address soon.
+                self._services.suspect()
+                for relay in self.relays.values():
+                    relay.rebind()
+                if sa is self._owner.current and sa.path == path:
+                    self.fall_back(reason)
+            case PunchFailed():
+                pass  # The agent goes on by itself; the report shows it.
+
+    # Moves.
+
+    def _move(self, sa: LiveSa, path: Path, reason: str) -> None:
+        if path != sa.path:
+            sa.move_reason = reason
+            sa.settled.clear()
+            self._services.ike.move(sa.id, path)
+
+    def moved(self, sa: LiveSa, path: Path) -> None:
+        """MOBIKE moved an SA, by either side."""
+        sa.path = path
+        sa.settled.set()
+        sa.alive.set()
+        if self._take_up(sa):
+            self.release()
+        if sa is self._owner.current:
+            reason, sa.move_reason = sa.move_reason, "better"
+            label, name = self._context.label, self._owner.name
+            self._context.emit(PathChanged(label, name, self.kind(sa).value, str(path.remote), reason))
+
+    def move_failed(self, sa: LiveSa, path: Path, reason: str) -> None:
+        """The SA stays where it was. If that is dead too, try again over the relay."""
+        sa.settled.set()
+        self._owner.last_failure = f"move to {path.remote}: {reason}"
+        works = sa.agent is not None and sa.agent.selected == sa.path
+        if sa is self._owner.current and not works and self.kind(sa) is PathKind.DIRECT:
+            self.fall_back(reason)
+
+    # A path in doubt.
+
+    def suspect(self) -> None:
+        """The path in use may be dead: find out now rather than at the next consent check."""
+        sa = self._owner.current
+        if sa is None:
+            return
+        sa.alive.clear()
+        self._services.suspect()
+        if sa.relay is not None:
+            sa.relay.rebind()  # It carries the traffic, or is known to work when it is needed.
+            if sa.path.remote == sa.relay.endpoint:
+                self._begin(self._doubt(sa, sa.relay), "doubt the relay")
+        if sa.agent is not None and sa.pump is not None and sa.agent.selected == sa.path:
+            sa.pump.feed(sa.agent.verify(self._services.now))
+        self._services.ike.probe(sa.id)
+
+    async def _doubt(self, sa: LiveSa, relay: RelayPath) -> None:
+        """The relayed path is silent: the relay may be dead, or the peer's side of it."""
+        problem = "the relay does not answer"
+        if await relay.confirm():
+            problem = "the peer does not answer over the relay"
+            if await _set_within(sa.alive, ANSWER_S):
+                return
+        if sa is self._owner.current and sa.path.remote == relay.endpoint:
+            sa.relay = None
+            await self._save(sa, problem)
+
+    def fall_back(self, reason: str) -> None:
+        """The path in use is dead: take the relay, the one we have or a new one."""
+        sa = self._owner.current
+        if sa is not None and not self._owner.with_hub:
+            self._begin(self._save(sa, reason), "fall back")
+
+    @property
+    def is_in_trouble(self) -> bool:
+        """Whether the path in use is being left or doubted."""
+        return self._rescue is not None and not self._rescue.done()
+
+    def resume(self, relay: RelayPath) -> None:
+        """The peer called because our SA lost its path: meet it at this relay."""
+        sa = self._owner.current
+        if sa is None:
+            self._owner.begin_over(relay)
+        elif not sa.initiator or self._owner.with_hub:
+            return
+        elif self.kind(sa) is PathKind.RELAYED:
+            self._move(sa, relay.path, "the peer called")
+        else:
+            sa.relay = relay
+            self.suspect()
+
+    def _begin(self, work: Coroutine[Any, Any, None], what: str) -> None:
+        if self.is_in_trouble:
+            work.close()
+            return
+        self._rescue = self._services.tasks.start(work, f"{what} {self._owner.name}")
+
+    async def _save(self, sa: LiveSa, reason: str) -> None:
+        """Bring an SA to a path that works."""
+        dead = sa.path
+        sa.alive.clear()
+        if not sa.initiator:
+            await asyncio.sleep(CHANCE_S)
+        elif sa.relay is not None and sa.relay.endpoint != dead.remote and await sa.relay.confirm():
+            self._move(sa, sa.relay.path, reason)
+            await _set_within(sa.settled, ANSWER_S)
+        backoff = Backoff(self._services.tuning.retry_first_s, RETRY_MAX_S, self._services.entropy)
+        unanswered = 0
+        while self._is_stuck(sa, dead):
+            try:
+                relay = await self._context.relay_anew(self._owner.overlay, dead.remote)
+            except P2pvpnError as problem:
+                self._owner.last_failure = f"fall back: {problem}"
+                await asyncio.sleep(backoff.next_pause())
+                continue
+            if not self._is_stuck(sa, dead):
+                return
+            sa.settled.clear()
+            if sa.initiator:
+                sa.relay = relay
+                self._move(sa, relay.path, reason)
+            await _set_within(sa.settled, self._services.tuning.call_timeout_s)
+            unanswered += 1
+            if unanswered >= GIVE_UP_MOVES and self._is_stuck(sa, dead) and not sa.alive.is_set():
+                self._services.ike.drop(sa.id, f"the peer does not know the SA any more: {reason}")
+                return
+
+    def _is_stuck(self, sa: LiveSa, dead: Path) -> bool:
+        """Whether the SA still has nothing but the path that died."""
+        works_again = sa.agent is not None and sa.agent.selected == dead
+        return sa is self._owner.current and sa.path == dead and not works_again
+
+
+async def _set_within(event: asyncio.Event, limit_s: float) -> bool:
+    """Wait for an event; whether it came in time."""
+    try:
+        async with asyncio.timeout(limit_s):
+            await event.wait()
+    except TimeoutError:
+        return False
+    return True
