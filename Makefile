@@ -4,8 +4,9 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
+CORES := p2pvpn/core/*,p2pvpn/crypto/*,p2pvpn/identity/*,p2pvpn/dht/*,p2pvpn/punch/*,p2pvpn/ike/*,p2pvpn/esp/*,p2pvpn/relay/*
 
-.PHONY: help demo test check lint unit bench upgrades fresh clean
+.PHONY: help demo test check lint unit coverage bench upgrades fresh clean
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -34,6 +35,10 @@ unit: $(VENV)/.test
 
 bench: $(VENV)/.test ## throughput side by side with peers
 	$(BIN)/python -m tools.bench $(ARGS)
+
+coverage: $(VENV)/.test ## branch coverage of the quick tests, with a floor for the protocol cores
+	$(BIN)/coverage run -m pytest -q -m "not netns and not stranger"
+	$(BIN)/coverage report --fail-under=94 --include='$(CORES)'
 
 upgrades: $(VENV)/.test ## twenty upgrades and fall-backs at 1,000 packets a second each way
 	$(BIN)/python -m tools.upgrades $(ARGS)
