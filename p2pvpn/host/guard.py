@@ -80,9 +80,7 @@ class Guard:
 
     async def _apply(self) -> None:
         """Try each filter that is installed, until one works."""
-        problem = LocalError(
-            "neither nft nor iptables is installed", hint="install nftables", fault=Fault.MACHINE
-        )
+        problem = LocalError("neither nft nor iptables is installed", hint="install nftables", fault=Fault.MACHINE)
         if shutil.which("nft"):
             try:
                 return await _run("nft", "-f", "-", stdin=nft_script(self._prefixes))
