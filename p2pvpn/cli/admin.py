@@ -124,9 +124,12 @@ def grant(
     """Answer a machine's REQUEST with a GRANT, which makes it a member for a year."""
     from p2pvpn.host.admin_store import AdminStore
     from p2pvpn.identity.grants import Request
+    from p2pvpn.identity.names import require_name
 
     if hub is not None and not hub.strip():
         raise LocalError("the hub's address is empty", hint="write --hub HOST or --hub HOST:PORT", fault=Fault.REFUSED)
+    if name is not None:
+        require_name(name)
     parsed = Request.decode_untrusted(request.strip())
     store = AdminStore.find(network)
     secret = _passphrase(passphrase_file)
