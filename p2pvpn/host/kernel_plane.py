@@ -12,8 +12,8 @@ A policy that must accept several SAs names them as optional templates, and then
 too. Plaintext is therefore kept out by the guard, which looks for the mark of decryption, and where one SA stands, as
 nearly always, also by its policy. Encrypting, replay windows and path MTUs are the kernel's.
 
-A daemon that is killed leaves SAs and policies behind, and nothing in the clear: the wide block policies and the
-guard's rules stand with them. The next start removes what is marked as ours.
+A daemon that is killed leaves SAs and policies behind, and no way in the clear: the wide block policies, the guard's
+rules and routes that lead nowhere stand with them. The next start removes what is marked as ours.
 """
 
 from __future__ import annotations
@@ -100,22 +100,22 @@ class _Child:
         spi, key = (child.spi_in, child.key_in) if inbound else (child.spi_out, child.key_out)
         return State(flow, spi, self.reqid, child.suite, key, child.esn, inbound, replay)
 
-    def keep_counts(self, counted: Sequence[Counted | None]) -> None:
+    def keep_counts(self, counted: Counted, *, inbound: bool) -> None:
         """Before a state is replaced by one that counts from zero."""
-        for at, found in zip((0, 2), counted, strict=True):
-            if found is not None:
-                self.base[at] += found.packets
-                self.base[at + 1] += found.octets
+        at = 0 if inbound else 2
+        self.base[at] += counted.packets
+        self.base[at + 1] += counted.octets
 
 
 class _Network:
     """One network's trap, and the policies around it."""
 
-    __slots__ = ("addresses", "removals", "trap")
+    __slots__ = ("addresses", "removals", "routes", "trap")
 
-    def __init__(self, trap: Trap, addresses: Sequence[IpAddress]) -> None:
+    def __init__(self, trap: Trap, addresses: Sequence[IpAddress], routes: Sequence[IpNetwork]) -> None:
         self.trap = trap
         self.addresses = frozenset(addresses)
+        self.routes = tuple(routes)
         self.removals: list[Message] = []
 
 
@@ -152,6 +152,7 @@ class KernelPlane:
         kernel = Xfrm()
         try:
             left = kernel.clean_up()
+            await self._netlink.clear_barriers()
             self._reinjector = Reinjector()
             for sock in self._esp_sockets:
                 _hand_to_kernel(sock)
@@ -210,13 +211,14 @@ class KernelPlane:
             raise LocalError(f"the network {network!r} has a device already")
         kernel = self._xfrm
         trap = Trap(lambda packet: self.on_trapped(network, packet), self._device_gone)
-        entry = self._networks[network] = _Network(trap, addresses)
+        entry = self._networks[network] = _Network(trap, addresses, routes)
         try:
             await self._guard.protect(trap.device, routes, or_decrypted=True)
-            for add, remove in wide_policies(addresses, routes, await self._netlink.index(trap.device)):
+            for add, remove in wide_policies(addresses, routes):
                 kernel.request(add)
                 entry.removals.append(remove)
             await self._netlink.set_up_device(trap.device, addresses, routes, mtu)
+            await self._netlink.add_barriers(routes)
         except BaseException:
             with contextlib.suppress(LocalError):
                 await self.close_network(network)
@@ -232,6 +234,7 @@ class KernelPlane:
         entry.trap.close()
         self._lost.update(entry.trap.lost)
         self._take_away(entry.removals)
+        await self._netlink.remove_barriers(entry.routes)
         await self._guard.release(entry.trap.device)
 
     # ------------------------------------------------------------------ SAs
@@ -402,8 +405,6 @@ class KernelPlane:
             )
             entry.flow_in, entry.flow_out = new_in, new_out
             return
-        spi_in, spi_out = entry.child.spi_in, entry.child.spi_out
-        entry.keep_counts(self._xfrm.counted([(old_in, spi_in), (old_out, spi_out)]))
         sent = [(pair, Direction.OUT) for pair in entry.pairs if self._sending.get(pair, [None])[-1] is entry]
         taken = [(pair.reverse, way) for pair in entry.pairs for way in self._ways_in(entry, pair)]
         entry.flow_in, entry.flow_out = new_in, new_out
@@ -427,6 +428,7 @@ class KernelPlane:
         if after is None:
             if before is None:
                 raise LocalError(f"the kernel has lost Child SA {entry.child.id}")
+            entry.keep_counts(before, inbound=inbound)
             messages = [delete_state(old, spi), set_state(entry.state(new, before.replay, inbound=inbound))]
         if inbound:
             messages += self._accept(entry)

@@ -8,12 +8,14 @@ Route look-up comes before policy look-up, which is why the device's routes stan
 raw sockets are transparent: the kernel looks for the policy of the packet's source, whether that is ours or one that we
 forwarded for, so nothing is ever written to the device and it needs no exceptions from policies.
 
-Around the trap stand wide policies of low priority. None of them lets anything through that has no SA:
+Around the trap stand wide policies of low priority. None of them lets anything in that has no SA:
 
-    out      to an overlay route, by the trap device    allow     (into the trap)
-    out      to an overlay route, by any other device   block     (so when the daemon and its device are gone)
     in, fwd  from an overlay route                      block     (no SA of ours decrypted it)
     in, out  from an address of ours to one of ours     allow
+
+Nothing may leave without an SA either when the daemon and its device are gone: routes that lead nowhere stand behind
+those to the device. A policy could not tell the device's packets from others', as IPv6 looks policies up before it
+knows the device.
 """
 
 from __future__ import annotations
@@ -35,7 +37,6 @@ from .xfrm import Action, Direction, Message, Pair, delete_policy, set_policy
 SELF_PRIORITY = 100
 SA_PRIORITY = 1000
 """Of the widest SA policy less 256 at most: the longer its prefixes, the sooner a policy is found."""
-TRAP_PRIORITY = 3000
 BLOCK_PRIORITY = 4000
 BATCH = 64
 """Packets taken from the device per wake-up, so that a flood of trapped packets leaves the loop to others."""
@@ -123,30 +124,18 @@ class Reinjector:
             self.lost["kernel refused"] += 1
 
 
-def wide_policies(
-    addresses: Sequence[IpAddress], routes: Sequence[IpNetwork], interface: int
-) -> list[tuple[Message, Message]]:
+def wide_policies(addresses: Sequence[IpAddress], routes: Sequence[IpNetwork]) -> list[tuple[Message, Message]]:
     """The policies around a trap: each with the message that removes it."""
-    rows: list[tuple[Pair, Direction, int, Action, int]] = []
+    rows: list[tuple[Pair, Direction, int, Action]] = []
     for one in addresses:
         for other in addresses:
             if one.version == other.version:
                 pair = Pair(ipaddress.ip_network(one), ipaddress.ip_network(other))
-                rows += [
-                    (pair, direction, SELF_PRIORITY, Action.ALLOW, 0) for direction in (Direction.IN, Direction.OUT)
-                ]
+                rows += [(pair, way, SELF_PRIORITY, Action.ALLOW) for way in (Direction.IN, Direction.OUT)]
     for route in routes:
-        inward, outward = Pair(route, _ANY[route.version]), Pair(_ANY[route.version], route)
-        rows += [
-            (inward, Direction.IN, BLOCK_PRIORITY, Action.BLOCK, 0),
-            (inward, Direction.FORWARD, BLOCK_PRIORITY, Action.BLOCK, 0),
-            (outward, Direction.OUT, TRAP_PRIORITY, Action.ALLOW, interface),
-            (outward, Direction.OUT, BLOCK_PRIORITY, Action.BLOCK, 0),
-        ]
+        pair = Pair(route, _ANY[route.version])
+        rows += [(pair, way, BLOCK_PRIORITY, Action.BLOCK) for way in (Direction.IN, Direction.FORWARD)]
     return [
-        (
-            set_policy(pair, direction, priority, action=action, interface=index),
-            delete_policy(pair, direction, index),
-        )
-        for pair, direction, priority, action, index in rows
+        (set_policy(pair, direction, priority, action=action), delete_policy(pair, direction))
+        for pair, direction, priority, action in rows
     ]

@@ -45,6 +45,12 @@ _IFA_F_TEMPORARY, _IFA_F_NODAD, _IFA_F_DADFAILED, _IFA_F_DEPRECATED, _IFA_F_TENT
 _UNUSABLE = _IFA_F_TEMPORARY | _IFA_F_DADFAILED | _IFA_F_DEPRECATED | _IFA_F_TENTATIVE
 _IFA_F_NOPREFIXROUTE = 0x200
 _MAIN_TABLE = 254
+_OUR_PROTOCOL = 112
+"""Of the routes that outlive us when we are killed, so that they are told from others (rtm_protocol)."""
+_BARRIER: dict[str, Any] = {"type": "unreachable", "priority": 1 << 24, "proto": _OUR_PROTOCOL}
+"""Preferred to nothing but the lack of a route."""
+_SUPER_PACKETS = {"gso_max_size": 60_000, "gso_max_segs": 64}
+"""Of a device that takes them: cut and sealed, the packets must fit one send call of 65,507 bytes and 64 datagrams."""
 _QUEUE_PACKETS = 1000
 """Transmit queue of a TUN device: a burst of one TCP window at a gigabit and 10 ms."""
 
@@ -181,7 +187,7 @@ class Netlink:
         index = await self.index(name)
         await self._require_free(routes, index)
         _prepare_ipv6(name)
-        await self._ask("link", "set", index=index, mtu=mtu, txqlen=_QUEUE_PACKETS, state="up")
+        await self._ask("link", "set", index=index, mtu=mtu, txqlen=_QUEUE_PACKETS, state="up", **_SUPER_PACKETS)
         for address in addresses:
             options: dict[str, Any] = {"address": str(address), "prefixlen": address.max_prefixlen}
             if address.version == 6:
@@ -189,6 +195,27 @@ class Netlink:
             await self._ask("addr", "add", index=index, **options)
         for route in routes:
             await self.add_route(name, route)
+
+    async def add_barriers(self, routes: Sequence[IpNetwork]) -> None:
+        """Behind the routes to a device: without it, packets go nowhere, rather than out in the clear.
+
+        Raises LocalError.
+        """
+        for route in routes:
+            await self._ask("route", "replace", dst=str(route), **_BARRIER)
+
+    async def remove_barriers(self, routes: Sequence[IpNetwork]) -> None:
+        for route in routes:
+            with contextlib.suppress(LocalError):  # somebody did it for us
+                await self._ask("route", "del", dst=str(route), **_BARRIER)
+
+    async def clear_barriers(self) -> None:
+        """Remove those that a dead daemon left."""
+        left = []
+        async for entry in await self._requests.get_routes(table=_MAIN_TABLE):
+            if entry["proto"] == _OUR_PROTOCOL and entry.get("dst") is not None:
+                left.append(ipaddress.ip_network(f"{entry.get('dst')}/{entry['dst_len']}"))
+        await self.remove_barriers(left)
 
     async def _require_free(self, wanted: Sequence[IpNetwork], own: int) -> None:
         """Raises LocalError when another device has a route to a part of what we are about to route.
@@ -198,7 +225,7 @@ class Netlink:
         """
         async for entry in await self._requests.get_routes(table=_MAIN_TABLE):
             target, device = entry.get("dst"), entry.get("oif")
-            if target is None or device is None or device == own:
+            if target is None or device is None or device == own or entry["proto"] == _OUR_PROTOCOL:
                 continue
             found = ipaddress.ip_network(f"{target}/{entry['dst_len']}", strict=False)
             for network in wanted:

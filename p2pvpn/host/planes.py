@@ -90,7 +90,7 @@ def probe() -> None:
 
 
 def clean_up() -> None:
-    """Remove what the kernel plane of a daemon that was killed left, whichever plane comes next."""
+    """Remove what the kernel plane of a daemon that was killed left, when another plane comes next."""
     try:
         kernel = Xfrm()
     except LocalError:

@@ -41,6 +41,7 @@ from .worker_messages import (
     path_fields,
     unpack,
 )
+from .worker_process import AUTO, PLAIN
 
 BATCH = 64
 """Messages of the worker taken per wake-up, so that a flood of trapped packets leaves the loop to others."""
@@ -57,7 +58,11 @@ def _ignore(*_: object) -> None:
 class UserPlane:
     """Implements `mesh.ports.Plane`. `start` it before anything else; it may be started again after `on_died`."""
 
-    def __init__(self, esp_sockets: Sequence[socket.socket], netlink: Netlink, guard: Guard) -> None:
+    def __init__(
+        self, esp_sockets: Sequence[socket.socket], netlink: Netlink, guard: Guard, *, plain: bool = False
+    ) -> None:
+        """`plain` is for a worker without numpy and offloads even where there are such."""
+        self._kind = PLAIN if plain else AUTO
         self.on_trapped: Callable[[str, bytes], None] = _ignore
         self.on_moved: Callable[[int, Endpoint], None] = _ignore
         self.on_died: Callable[[], None] = _ignore
@@ -73,6 +78,7 @@ class UserPlane:
         self._answers: dict[int, asyncio.Future[Any]] = {}
         self._serial = 0
         self._devices: dict[str, str] = {}
+        self._routes: dict[str, tuple[IpNetwork, ...]] = {}
         self._ended: asyncio.Future[None] | None = None
         self._stopping = False
 
@@ -82,16 +88,18 @@ class UserPlane:
         """Start the worker. Call it in the main thread: the worker is killed when the thread that started it ends."""
         if self._process is not None:
             raise LocalError("the user plane runs already")
-        for device in list(self._devices.values()):
+        for device in self._devices.values():
             await self._guard.release(device)
         self._devices.clear()
+        if not self._routes:  # else they stand in the way of plaintext until the networks are open again
+            await self._netlink.clear_barriers()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             for end in (ours, theirs):
                 end.setblocking(False)
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, CHANNEL_BYTES)
             try:
-                self._process = _spawn([theirs.fileno(), *(sock.fileno() for sock in self._esp_sockets)])
+                self._process = _spawn(self._kind, [theirs.fileno(), *(sock.fileno() for sock in self._esp_sockets)])
             except OSError as error:
                 ours.close()
                 raise LocalError(f"starting the worker: {error.strerror}") from None
@@ -115,7 +123,8 @@ class UserPlane:
         except TimeoutError:
             process.kill()
             await ended
-        for device in list(self._devices.values()):
+        for network, device in self._devices.items():
+            await self._netlink.remove_barriers(self._routes.pop(network, ()))
             await self._guard.release(device)
         self._devices.clear()
 
@@ -224,6 +233,8 @@ class UserPlane:
         try:
             await self._guard.protect(device, routes)
             await self._netlink.set_up_device(device, addresses, routes, mtu)
+            self._routes[network] = tuple(routes)
+            await self._netlink.add_barriers(routes)
         except BaseException:
             with contextlib.suppress(LocalError):
                 await self.close_network(network)
@@ -236,6 +247,7 @@ class UserPlane:
             await self._ask(Op.CLOSE, network)
         finally:
             if device is not None:
+                await self._netlink.remove_barriers(self._routes.pop(network, ()))
                 await self._guard.release(device)
 
     async def install(self, child: ChildSa) -> None:
@@ -273,13 +285,13 @@ class UserPlane:
         return dict(await self._ask(Op.COUNTERS))
 
 
-def _spawn(descriptors: list[int]) -> subprocess.Popen[bytes]:
+def _spawn(kind: str, descriptors: list[int]) -> subprocess.Popen[bytes]:
     """The worker, with these descriptors: the control channel, then the ESP sockets. Raises OSError."""
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "p2pvpn.host.worker", str(os.getpid()), *map(str, descriptors)],
+        [sys.executable, "-P", "-m", "p2pvpn.host.worker_process", kind, str(os.getpid()), *map(str, descriptors)],
         pass_fds=descriptors,
         stdin=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": _python_path()},
+        env={**os.environ, "PYTHONPATH": _python_path(), "OPENBLAS_NUM_THREADS": "1"},
     )
 
 

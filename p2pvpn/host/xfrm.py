@@ -28,7 +28,18 @@ from p2pvpn.core.child import EspSuite
 from p2pvpn.core.errors import LocalError
 from p2pvpn.core.secret import Secret
 
-from .xfrm_messages import MIGRATION, STATE, TEMPLATE, Group, Kind, decoded, encoded, offset, packed
+from .xfrm_messages import (
+    AEAD_LAYOUT,
+    ENCAP_LAYOUT,
+    MIGRATION_LAYOUT,
+    STATE,
+    TEMPLATE_LAYOUT,
+    Group,
+    Kind,
+    decoded,
+    encoded,
+    offset,
+)
 
 TAG = 0x70327076
 """Of every selector of ours ("p2pv"); `ip xfrm` shows it as uid 1882353782."""
@@ -61,7 +72,7 @@ _ALL_PACKETS_32 = (1 << 32) - 2
 _CURRENT_AT = _HEADER.size + offset(STATE, "bytes")
 _CURRENT = struct.Struct("=QQ")
 _ATTRIBUTES_AT = _HEADER.size + offset(STATE, "end")
-_ATTR_ENCAP, _ATTR_ESN = 4, 23
+_ATTR_ESN = 23
 _ESN_HEAD = struct.Struct("=IIIIII")
 _DUMP_BATCH = 64
 """Questions of one batch: their answers must fit the socket's buffer."""
@@ -159,7 +170,7 @@ class Message:
 
     kind: Kind
     fields: dict[str, int | bytes]
-    attributes: list[object] = field(default_factory=list)
+    attributes: list[tuple[str, bytes]] = field(default_factory=list)
 
 
 class Xfrm:
@@ -323,19 +334,15 @@ def set_state(state: State, *, update: bool = False) -> Message:
         fields["hard_packets"] = _ALL_PACKETS_32
     words = REPLAY_WINDOW // 32
     key = state.key.reveal()
-    attributes: list[object] = [
-        (
-            "XFRMA_ALG_AEAD",
-            {"name": _ALGORITHMS[state.suite], "key_bits": len(key) * 8, "icv_bits": 128, "key": key},
-        ),
+    aead: dict[str, int | bytes] = {"name": _ALGORITHMS[state.suite], "key_bits": len(key) * 8, "icv_bits": 128}
+    replay = state.replay or _ESN_HEAD.pack(words, 0, 0, 0, 0, REPLAY_WINDOW) + bytes(4 * words)
+    attributes = [
+        ("XFRMA_ALG_AEAD", AEAD_LAYOUT.pack(aead) + key),
         ("XFRMA_ENCAP", _encap(state.flow)),
-        (
-            "XFRMA_REPLAY_ESN_VAL",
-            _esn(state.replay or _ESN_HEAD.pack(words, 0, 0, 0, 0, REPLAY_WINDOW) + bytes(4 * words)),
-        ),
+        ("XFRMA_REPLAY_ESN_VAL", replay),
     ]
     if state.inbound:
-        attributes.append(("XFRMA_MTIMER_THRESH", MAPPING_PAUSE_S))
+        attributes.append(("XFRMA_MTIMER_THRESH", struct.pack("=I", MAPPING_PAUSE_S)))
     return Message(Kind.UPDSA if update else Kind.NEWSA, fields, attributes)
 
 
@@ -350,11 +357,10 @@ def set_policy(
     templates: Sequence[Template] = (),
     *,
     action: Action = Action.ALLOW,
-    interface: int = 0,
 ) -> Message:
     """Make a policy, in the place of the one that stands for the same packets. The lowest priority number wins."""
     fields = {
-        **_selector(pair, interface),
+        **_selector(pair),
         **_UNLIMITED,
         "priority": priority,
         "dir": direction.value,
@@ -364,26 +370,25 @@ def set_policy(
     return Message(Kind.UPDPOLICY, fields, [("XFRMA_TMPL", rows)] if rows else [])
 
 
-def delete_policy(pair: Pair, direction: Direction, interface: int = 0) -> Message:
-    return Message(Kind.DELPOLICY, {**_selector(pair, interface), "dir": direction.value})
+def delete_policy(pair: Pair, direction: Direction) -> Message:
+    return Message(Kind.DELPOLICY, {**_selector(pair), "dir": direction.value})
 
 
 def migrate(pair: Pair, direction: Direction, reqid: int, old: Flow, new: Flow) -> Message:
     """Take the SA of that reqid and the templates of that policy to other addresses; numbers and window stay."""
-    row = packed(
-        MIGRATION,
-        old_daddr=_bytes16(old.destination.ip),
-        old_saddr=_bytes16(old.source.ip),
-        new_daddr=_bytes16(new.destination.ip),
-        new_saddr=_bytes16(new.source.ip),
-        proto=_ESP,
-        mode=_TUNNEL,
-        reqid=reqid,
-        old_family=old.family,
-        new_family=new.family,
-    )
-    attributes: list[object] = [("XFRMA_MIGRATE", row), ("XFRMA_ENCAP", _encap(new))]
-    return Message(Kind.MIGRATE, {**_selector(pair, 0), "dir": direction.value}, attributes)
+    row: dict[str, int | bytes] = {
+        "old_daddr": _bytes16(old.destination.ip),
+        "old_saddr": _bytes16(old.source.ip),
+        "new_daddr": _bytes16(new.destination.ip),
+        "new_saddr": _bytes16(new.source.ip),
+        "proto": _ESP,
+        "mode": _TUNNEL,
+        "reqid": reqid,
+        "old_family": old.family,
+        "new_family": new.family,
+    }
+    attributes = [("XFRMA_MIGRATE", MIGRATION_LAYOUT.pack(row)), ("XFRMA_ENCAP", _encap(new))]
+    return Message(Kind.MIGRATE, {**_selector(pair), "dir": direction.value}, attributes)
 
 
 _UNLIMITED: dict[str, int | bytes] = dict.fromkeys(
@@ -399,7 +404,7 @@ def _state_id(flow: Flow, spi: int) -> dict[str, int | bytes]:
     return {"daddr": _bytes16(flow.destination.ip), "spi": spi, "family": flow.family, "proto": _ESP}
 
 
-def _selector(pair: Pair, interface: int) -> dict[str, int | bytes]:
+def _selector(pair: Pair) -> dict[str, int | bytes]:
     return {
         "sel_daddr": _bytes16(pair.destination.network_address),
         "sel_saddr": _bytes16(pair.source.network_address),
@@ -411,47 +416,29 @@ def _selector(pair: Pair, interface: int) -> dict[str, int | bytes]:
         "sel_prefixlen_d": pair.destination.prefixlen,
         "sel_prefixlen_s": pair.source.prefixlen,
         "sel_proto": pair.protocol,
-        "sel_ifindex": interface,
         "sel_user": TAG,
     }
 
 
 def _template(template: Template) -> bytes:
-    return packed(
-        TEMPLATE,
-        daddr=_bytes16(template.flow.destination.ip),
-        saddr=_bytes16(template.flow.source.ip),
-        proto=_ESP,
-        family=template.flow.family,
-        reqid=template.reqid,
-        mode=_TUNNEL,
-        optional=int(template.optional),
-        aalgos=0xFFFFFFFF,
-        ealgos=0xFFFFFFFF,
-        calgos=0xFFFFFFFF,
+    return TEMPLATE_LAYOUT.pack(
+        {
+            "daddr": _bytes16(template.flow.destination.ip),
+            "saddr": _bytes16(template.flow.source.ip),
+            "proto": _ESP,
+            "family": template.flow.family,
+            "reqid": template.reqid,
+            "mode": _TUNNEL,
+            "optional": int(template.optional),
+            "aalgos": 0xFFFFFFFF,
+            "ealgos": 0xFFFFFFFF,
+            "calgos": 0xFFFFFFFF,
+        }
     )
 
 
-def _encap(flow: Flow) -> dict[str, int | bytes]:
-    return {
-        "type": _UDP_ENCAP_ESPINUDP,
-        "sport": flow.source.port,
-        "dport": flow.destination.port,
-        "oa": bytes(16),
-    }
-
-
-def _esn(raw: bytes) -> dict[str, int | bytes]:
-    words, oseq, seq, oseq_hi, seq_hi, window = _ESN_HEAD.unpack_from(raw)
-    return {
-        "words": words,
-        "oseq": oseq,
-        "seq": seq,
-        "oseq_hi": oseq_hi,
-        "seq_hi": seq_hi,
-        "replay_window": window,
-        "bitmap": raw[_ESN_HEAD.size :],
-    }
+def _encap(flow: Flow) -> bytes:
+    return ENCAP_LAYOUT.pack({"type": _UDP_ENCAP_ESPINUDP, "sport": flow.source.port, "dport": flow.destination.port})
 
 
 def _bytes16(ip: IpAddress) -> bytes:

@@ -10,12 +10,15 @@
     MAPPING       user_mapping        told when an authenticated packet came from another address or port
 
 Ports and SPIs are big-endian, addresses 16 bytes with IPv4 in the first four, all else is in the machine's order.
-pyroute2 has the netlink machinery but none of these; here and `host.netlink` are where it is imported.
+pyroute2 has the netlink machinery but none of these; here and `host.netlink` are where it is imported. It reads by the
+declarations; we write by them ourselves, since a machine with many peers installs thousands.
 """
 
 from __future__ import annotations
 
+import socket
 import struct
+from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum
 from typing import Any
 
@@ -248,16 +251,24 @@ MESSAGES: dict[Kind, type[_Message]] = {
 }
 
 
-def packed(fields: Fields, **values: int | bytes) -> bytes:
-    """A structure by its declaration; what is not given is zero."""
-    out = b""
-    for name, layout in fields:
-        order = "" if layout.startswith(">") else "="
-        if layout.endswith("x"):
-            out += struct.pack(layout)
-        else:
-            out += struct.pack(order + layout, values.get(name, b"" if layout.endswith("s") else 0))
-    return out
+class Layout:
+    """A declaration made into one `struct`: it packs a message in microseconds, pyroute2 in a hundred and more."""
+
+    def __init__(self, fields: Fields) -> None:
+        self._struct = struct.Struct("=" + "".join(layout.lstrip(">") for _, layout in fields))
+        self._fields = [
+            (name, b"" if layout.endswith("s") else 0, _SWAPS.get(layout))
+            for name, layout in fields
+            if not layout.endswith("x")
+        ]
+
+    def pack(self, values: Mapping[str, int | bytes]) -> bytes:
+        """What is not given is zero."""
+        row = []
+        for name, default, swap in self._fields:
+            value = values.get(name, default)
+            row.append(swap(value) if swap is not None else value)
+        return self._struct.pack(*row)
 
 
 def offset(fields: Fields, wanted: str) -> int:
@@ -270,19 +281,27 @@ def offset(fields: Fields, wanted: str) -> int:
     return at
 
 
-def encoded(kind: Kind, flags: int, sequence: int, fields: dict[str, int | bytes], attributes: list[object]) -> bytes:
-    """A whole message, padded to four bytes."""
-    message = MESSAGES[kind]()
-    for name, layout in message.fields:
-        if layout.endswith("s"):  # pyroute2 has the number 0 for what is not set
-            message[name] = b""
-    for name, value in fields.items():
-        message[name] = value
-    message["header"] = {"type": int(kind), "flags": flags, "sequence_number": sequence, "pid": 0}
-    message["attrs"] = attributes
-    message.encode()
-    data = bytes(message.data)
-    return data + bytes(-len(data) % 4)
+_SWAPS: dict[str, Callable[[Any], int]] = {">H": socket.htons, ">I": socket.htonl}
+_HEADER = struct.Struct("=IHHII")
+_ATTRIBUTE = struct.Struct("=HH")
+_LAYOUTS = {kind: Layout(message.fields) for kind, message in MESSAGES.items()}
+_ATTRIBUTES = {name: number for number, (name, _) in enumerate(_NLA_MAP)}
+TEMPLATE_LAYOUT = Layout(TEMPLATE)
+MIGRATION_LAYOUT = Layout(MIGRATION)
+AEAD_LAYOUT = Layout(_Attributes.aead.fields[:-1])
+"""Without the key, which follows."""
+ENCAP_LAYOUT = Layout(_Attributes.encap.fields)
+
+
+def encoded(
+    kind: Kind, flags: int, sequence: int, fields: Mapping[str, int | bytes], attributes: Sequence[tuple[str, bytes]]
+) -> bytes:
+    """A whole message, padded to four bytes; attributes by name, packed."""
+    body = _LAYOUTS[kind].pack(fields)
+    body += bytes(-len(body) % 4)
+    for name, data in attributes:
+        body += _ATTRIBUTE.pack(_ATTRIBUTE.size + len(data), _ATTRIBUTES[name]) + data + bytes(-len(data) % 4)
+    return _HEADER.pack(_HEADER.size + len(body), kind, flags, sequence, 0) + body
 
 
 def decoded(kind: Kind, data: bytes) -> Any:

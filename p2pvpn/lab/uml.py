@@ -8,7 +8,8 @@ machine support. The guest boots in two or three seconds:
     directories that may be written       hostfs, read-write, mounted over it
 
 So the command finds every program and file where it is on the host, and whatever it writes elsewhere goes away with the
-guest. Console 1 is its standard output, console 2 its standard error; its exit status comes back in a file.
+guest. Console 1 is its standard output (a terminal only if ours is one), console 2 its standard error; its exit status
+comes back in a file.
 """
 
 from __future__ import annotations
@@ -92,8 +93,8 @@ stty -F /dev/tty2 raw -echo
 for module in {modules}; do modprobe -q $module; done
 ip link set lo up
 hostname uml
-cd {cwd} && timeout -k {kill_after} {timeout} {command} </dev/null 2>/dev/tty2 >/dev/tty1
-echo $? >{job}/status
+perform() {{ cd {cwd} && timeout -k {kill_after} {timeout} {command}; echo $? >{job}/status; }}
+perform </dev/null 2>/dev/tty2 {output}
 sync
 stty -F /dev/tty1 sane   # returns when everything was read
 stty -F /dev/tty2 sane
@@ -163,6 +164,7 @@ def _write_job(job: Path, command: Sequence[str], guest: Guest, environment: Map
             kill_after=KILL_AFTER_S,
             timeout=guest.timeout_s,
             command=shlex.join(command),
+            output=">/dev/tty1" if sys.stdout.isatty() else "| cat >/dev/tty1",
         )
     )
     kept = {name: value for name, value in environment.items() if name.isidentifier() and name not in _NOT_KEPT}

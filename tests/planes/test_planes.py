@@ -1,0 +1,367 @@
+"""What every plane must do, and every pair of planes on one wire."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import socket
+import threading
+import time
+
+import pytest
+
+from p2pvpn.core.address import Endpoint, Path
+from p2pvpn.core.child import EspSuite
+from tests.host.peers import INNER, PUBLIC, Refusal, children
+from tests.host.test_user_plane import bound, spoof
+
+from .conftest import one_machine
+
+pytestmark = [pytest.mark.netns, pytest.mark.slow, pytest.mark.timeout(120)]
+NAMES = ["IPv4", "IPv6"]
+
+
+class Stream:
+    """Numbered datagrams from one host to another at a steady rate, until `stop`."""
+
+    def __init__(self, sender, receiver, source, target, pause_s=0.005):
+        self.sent = 0
+        self._pause_s = pause_s
+        self._sock = bound(sender, source)
+        self._receiver = bound(receiver, target)
+        self._receiver.setsockopt(socket.SOL_SOCKET, 33, 1 << 20)  # SO_RCVBUFFORCE
+        self._target = (target, 7000)
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self):
+        while not self._ending.wait(self._pause_s):
+            with contextlib.suppress(OSError):
+                self._sock.sendto(self.sent.to_bytes(4, "big"), self._target)
+            self.sent += 1
+
+    def stop(self):
+        """Numbers in the order in which they came."""
+        self._ending.set()
+        self._thread.join()
+        time.sleep(0.2)
+        self._receiver.setblocking(False)
+        came = []
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                came.append(int.from_bytes(self._receiver.recv(100), "big"))
+        self._sock.close()
+        self._receiver.close()
+        return came
+
+    def lost(self):
+        came = self.stop()
+        assert came == sorted(came)
+        assert len(came) == len(set(came))
+        return sorted(set(range(self.sent)) - set(came))
+
+
+@pytest.mark.parametrize("outer", [False, True], ids=["over IPv4", "over IPv6"])
+@pytest.mark.parametrize("inner", [0, 1], ids=NAMES)
+def test_packets_of_both_families_go_over_both(wire, outer, inner):
+    sa = wire.connect(children(next(wire.ids), outer_ipv6=outer))
+    assert len(wire.a.node.ping(INNER["b"][inner], count=3)) == 3
+    for size in (0, 1, 1300, 4000):
+        argv = ["ping", "-n", "-c", "1", "-W", "3", "-s", str(size), INNER["a"][inner]]
+        assert wire.b.node.run(argv, check=False).returncode == 0, size
+    for peer in wire.peers:
+        usage = peer.ask("usage", [sa])[str(sa)]
+        assert usage["packets_in"] >= 7
+        assert usage["packets_out"] >= 7
+        assert usage["bytes_in"] >= 5000
+        assert usage["sequence_out"] == usage["packets_out"]
+        assert usage["last_in_at"] > 0
+
+
+@pytest.mark.parametrize("esn", [False, True], ids=["32-bit numbers", "64-bit numbers"])
+@pytest.mark.parametrize("suite", EspSuite)
+def test_every_suite_carries_traffic(wire, suite, esn):
+    sa = wire.connect(children(next(wire.ids), suite=suite, esn=esn))
+    assert wire.a.node.ping(INNER["b"][0])
+    assert wire.b.ask("usage", [sa])[str(sa)]["bytes_in"] == 84
+
+
+def test_packets_keep_their_order(wire):
+    wire.connect(children(next(wire.ids)))
+    with bound(wire.b.node, INNER["b"][1]) as receiver, bound(wire.a.node, INNER["a"][1]) as sender:
+        for number in range(100):
+            sender.sendto(bytes([number]), (INNER["b"][1], 7000))
+        assert [receiver.recv(10)[0] for _ in range(100)] == list(range(100))
+
+
+@pytest.mark.parametrize("inner", [0, 1], ids=NAMES)
+def test_trapped_packets_are_told_and_sent_in_order_once_there_is_an_sa(wire, inner):
+    with bound(wire.b.node, INNER["b"][inner]) as receiver, bound(wire.a.node, INNER["a"][inner]) as sender:
+        for number in range(5):
+            sender.sendto(bytes([number]), (INNER["b"][inner], 7000))
+        trapped = [wire.a.wait_for("trapped") for _ in range(5)]
+        assert {network for network, _ in trapped} == {"bench"}
+        wire.connect(children(next(wire.ids)))
+        wire.a.ask("inject", [packet for _, packet in trapped])
+        assert [receiver.recv(10)[0] for _ in range(5)] == list(range(5))
+        sender.sendto(b"straight", (INNER["b"][inner], 7000))
+        assert receiver.recv(10) == b"straight"
+
+
+@one_machine
+def test_packets_injected_without_an_sa_are_dropped_and_not_trapped_again(wire):
+    with bound(wire.a.node, INNER["a"][0]) as sender:
+        sender.sendto(b"early", (INNER["b"][0], 7000))
+        _, packet = wire.a.wait_for("trapped")
+        before = wire.a.ask("counters").get("injected too early", 0)
+        wire.a.ask("inject", [packet, packet])
+        assert wire.a.ask("counters")["injected too early"] == before + 2
+        sender.sendto(b"marker", (INNER["b"][0], 7000))
+        _, packet = wire.a.wait_for("trapped")
+        assert bytes.fromhex(packet).endswith(b"marker")
+
+
+@pytest.mark.parametrize("inner", [0, 1], ids=NAMES)
+def test_a_gateway_sends_what_it_forwards_in_the_name_of_its_source(wire, inner):
+    inside = ("10.30.0.0/24", "fd00:30::/64")
+    source, target = ("10.30.0.2", "fd00:30::2")[inner], INNER["b"][inner]
+    wire.b.node.ip("\n".join(f"route replace {net} dev {wire.b.device}" for net in inside))
+    with bound(wire.b.node, target) as receiver, bound(wire.guest, source) as sender:
+        sender.sendto(b"first", (target, 7000))
+        _, packet = wire.a.wait_for("trapped")
+        assert bytes.fromhex(packet).endswith(b"first")
+        wire.connect(children(next(wire.ids), left=(*INNER["a"], *inside)))
+        wire.a.ask("inject", [packet])
+        data, address = receiver.recvfrom(10)
+        assert (data, address[0]) == (b"first", source)
+        sender.sendto(b"second", (target, 7000))
+        assert receiver.recv(10) == b"second"
+        receiver.sendto(b"answer", (source, 7000))
+        assert sender.recv(10) == b"answer"
+    assert wire.guest.ping(target)
+
+
+def test_a_new_sa_takes_over_without_a_loss_in_whichever_order(wire):
+    wire.connect(children(next(wire.ids)))
+    forth = Stream(wire.a.node, wire.b.node, INNER["a"][0], INNER["b"][0])
+    back = Stream(wire.b.node, wire.a.node, INNER["b"][1], INNER["a"][1])
+    for turn in range(4):
+        former = wire.installed[-1][1]
+        pair = children(next(wire.ids))
+        wire.install(pair)
+        for peer in wire.peers if turn % 2 else reversed(wire.peers):
+            peer.ask("use", pair[0].id)
+            time.sleep(0.2)
+        for peer in wire.peers:
+            peer.ask("remove", former)
+            time.sleep(0.1)
+    assert (forth.lost(), back.lost()) == ([], [])
+    assert forth.sent > 100
+
+
+@one_machine
+def test_the_former_sa_takes_over_when_the_newer_is_removed(wire):
+    one = wire.connect(children(next(wire.ids)))
+    other = wire.connect(children(next(wire.ids)))
+    stream = Stream(wire.a.node, wire.b.node, INNER["a"][0], INNER["b"][0])
+    time.sleep(0.2)
+    wire.a.ask("remove", other)
+    time.sleep(0.2)
+    assert stream.lost() == []
+    usage = wire.a.ask("usage", [one, other])
+    assert usage.keys() == {str(one)}
+    assert usage[str(one)]["packets_out"] > 5
+
+
+def test_moves_to_other_ports_addresses_and_families_keep_the_numbers(wire):
+    sa = wire.connect(children(next(wire.ids)))
+    a, b = wire.peers
+    a.node.ip("addr replace 192.0.2.99/24 dev wire")
+    b.node.ip("addr replace 192.0.2.88/24 dev wire")
+    (a4, a6), (b4, b6) = PUBLIC["a"], PUBLIC["b"]
+    stream = Stream(a.node, b.node, INNER["a"][0], INNER["b"][0])
+    sequence = 0
+    for near, far in [
+        ("192.0.2.99", b4),
+        ("192.0.2.99", "192.0.2.88"),
+        (a4, b4),
+        (a6, b6),
+        ("192.0.2.99", b4),
+        (a4, b4),
+    ]:
+        local, remote = str(Endpoint(near, 4500)), str(Endpoint(far, 4500))
+        b.ask("move", sa, remote, local)
+        a.ask("move", sa, local, remote)
+        time.sleep(0.1)
+        usage = a.ask("usage", [sa])[str(sa)]
+        assert usage["sequence_out"] > sequence
+        assert usage["packets_out"] == usage["sequence_out"]
+        sequence = usage["sequence_out"]
+        assert a.node.ping(INNER["b"][1])
+    assert len(stream.lost()) <= 12  # in flight, twice a move
+
+
+@one_machine
+def test_a_source_left_to_routing_follows_the_routes(wire):
+    pair = children(next(wire.ids))
+    path = Path(Endpoint("0.0.0.0", 4500), pair[0].path.remote)
+    wire.connect((replace(pair[0], path=path), pair[1]))
+    assert wire.a.node.ping(INNER["b"][0])
+
+
+def replace(child, **changes):
+    import dataclasses
+
+    return dataclasses.replace(child, **changes)
+
+
+@pytest.fixture
+def translated(wire):
+    """a behind a NAT whose public port and address can be changed: `translated(address, port)`; flushes its memory."""
+    program = "iptables-legacy"
+    rule = ["POSTROUTING", "-o", "wan", "-p", "udp", "-j", "SNAT", "--to-source"]
+    made = False
+
+    def translate(address, port):
+        nonlocal made
+        place = ["-R", rule[0], "1"] if made else ["-A", rule[0]]
+        wire.nat.run([program, "-w", "-t", "nat", *place, *rule[1:], f"{address}:{port}-{port}"])
+        made = True
+        wire.nat.run(["conntrack", "-F"])
+
+    yield translate
+    wire.nat.run([program, "-w", "-t", "nat", "-F"])
+    wire.nat.run(["conntrack", "-F"])
+
+
+def test_a_nat_that_changes_ports_and_addresses_is_told_once_and_followed(wire, translated):
+    translated("198.51.100.1", 40000)
+    pair = children(next(wire.ids))
+    inside, outside = Endpoint("10.1.0.2", 4500), Endpoint("198.51.100.2", 4500)
+    paths = Path(inside, outside), Path(outside, Endpoint("198.51.100.1", 40000))
+    sa = wire.connect([replace(child, path=path) for child, path in zip(pair, paths, strict=True)])
+    assert len(wire.a.node.ping(INNER["b"][0], count=2)) == 2
+    wire.b.ask("counters")
+    assert not [event for event, _ in wire.b.events if event == "moved"]
+    for address, port in [("198.51.100.1", 41000), ("198.51.100.9", 42000)]:
+        translated(address, port)
+        stream = Stream(wire.a.node, wire.b.node, INNER["a"][1], INNER["b"][1])
+        assert wire.b.wait_for("moved") == [sa, f"{address}:{port}"]
+        time.sleep(0.3)
+        assert stream.lost() == []  # what comes from there is let in all the time
+        wire.b.ask("counters")
+        assert not [event for event, _ in wire.b.events if event == "moved"]
+        wire.b.ask("move", sa, str(outside), f"{address}:{port}")
+        assert wire.a.node.ping(INNER["b"][0])
+        assert wire.b.node.ping(INNER["a"][1])
+
+
+@one_machine
+@pytest.mark.parametrize("inner", [0, 1], ids=NAMES)
+def test_plaintext_from_the_wire_is_dropped_with_no_sa_one_or_two(wire, inner):
+    """Each peer sends what the other could have sent, but in the clear; a marker after it shows it had its chance."""
+    for installed in range(3):
+        if installed:
+            wire.connect(children(next(wire.ids)))
+        for victim, sender in (wire.peers, wire.peers[::-1]):
+            target, source = INNER[victim.node.name][inner], INNER[sender.node.name][inner]
+            with bound(victim.node, "::" if inner else "0.0.0.0") as receiver:
+                near = PUBLIC[victim.node.name][inner]
+                sender.node.ip(f"route replace {target} via {near}")
+                for claimed in (source, target, INNER["c"][inner]):
+                    smuggle(sender.node, claimed, target, b"spoofed", near)
+                spoof(sender.node, PUBLIC[sender.node.name][inner], near, b"marker")
+                assert receiver.recv(100) == b"marker", installed
+                sender.node.ip(f"route del {target}")
+
+
+def smuggle(node, source, target, payload, near):
+    """Put an IP packet on the wire beside all policies of the sender, by packet socket."""
+    from p2pvpn.core.address import normal_ip
+    from tests.esp.packets import ipv4, ipv6, ones_complement
+
+    header = b"\x1b\x59\x1b\x58" + (8 + len(payload)).to_bytes(2, "big")
+    if normal_ip(source).version == 6:
+        empty = ipv6(source, target, header + b"\0\0" + payload)
+        pseudo = empty[8:40] + empty[4:6] + b"\0\x11"
+        checksum = 0xFFFF - ones_complement(pseudo + empty[40:])
+        packet, protocol = ipv6(source, target, header + checksum.to_bytes(2, "big") + payload), 0x86DD
+    else:
+        packet, protocol = ipv4(source, target, header + b"\0\0" + payload), 0x0800
+    node.ping(near)
+    neighbours = node.run(["ip", "neigh", "show", near, "dev", "wire"]).stdout
+    mac = bytes.fromhex(re.search(r"lladdr (\S+)", neighbours)[1].replace(":", ""))
+    with node.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0) as wire:
+        wire.sendto(packet, ("wire", protocol, 0, 0, mac))
+
+
+def test_nothing_leaves_in_the_clear(wire):
+    """Looks at what leaves: what comes in is seen again once the kernel has decrypted it."""
+    wire.connect(children(next(wire.ids)))
+    with contextlib.ExitStack() as stack:
+        captures = [stack.enter_context(host.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)) for host in wire.hosts]
+        for capture in captures:
+            capture.bind(("wire", 3))
+            capture.setblocking(False)
+        for inner in INNER["b"]:
+            assert len(wire.a.node.ping(inner, count=3, pattern=b"plain")) == 3
+        for capture in captures:
+            frames = outgoing(capture)
+            datagrams = [frame for frame in frames if frame[0] >> 4 == 4 and frame[9] == 17]
+            assert len(datagrams) >= 6
+            assert all(frame[20:24] == b"\x11\x94\x11\x94" and frame[28] >> 6 == 3 for frame in datagrams)
+            assert not any(b"plain" in frame for frame in frames)
+
+
+def outgoing(capture):
+    frames = []
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            frame, address = capture.recvfrom(2000)
+            if address[2] == socket.PACKET_OUTGOING:
+                frames.append(frame[14:])
+    return frames
+
+
+@one_machine
+def test_a_machine_may_talk_to_its_own_overlay_address(wire):
+    for peer in wire.peers:
+        assert peer.node.ping(INNER[peer.node.name][0])
+        assert peer.node.ping(INNER[peer.node.name][1])
+
+
+def test_control_datagrams_share_the_port(wire):
+    wire.connect(children(next(wire.ids)))
+    local, remote = f"{PUBLIC['a'][0]}:4500", f"{PUBLIC['b'][0]}:4500"
+    for data in ("0000000049" * 4, "0101000c2112a442" + "00" * 12, "ff"):
+        wire.a.ask("send", local, remote, data)
+    wire.a.ask("send", local, remote, "00000000" + "4d" * 20)
+    got = []
+    while not got or not got[-1].startswith("000000004d"):
+        got.append(wire.b.wait_for("datagram")[1])
+    assert len(got) == 3
+    assert wire.a.node.ping(INNER["b"][0])
+
+
+@one_machine
+def test_what_cannot_be_done_is_refused_with_a_reason(wire):
+    ours, theirs = children(next(wire.ids))
+    wire.install((ours, theirs))
+    with pytest.raises(Refusal, match="installed already"):
+        wire.install((ours, theirs))
+    with pytest.raises(Refusal, match="taken"):
+        wire.install((replace(ours, id=next(wire.ids)), theirs))
+    with pytest.raises(Refusal, match="top bits"):
+        wire.install((replace(ours, id=next(wire.ids), spi_in=0x1000), theirs))
+    with pytest.raises(Refusal, match="device already"):
+        wire.a.ask("open", ["10.9.0.1"], ["10.9.0.0/16"], 1400)
+    with pytest.raises(Refusal, match="no Child SA"):
+        wire.a.ask("use", 99999)
+    with pytest.raises(Refusal, match="no Child SA"):
+        wire.a.ask("move", 99999, "0.0.0.0:4500", "192.0.2.1:4500")
+    wire.a.ask("remove", 99999)
+    assert wire.a.ask("usage", [99999]) == {}
+    for peer in wire.peers:
+        peer.ask("use", ours.id)
+    assert wire.a.node.ping(INNER["b"][0])
