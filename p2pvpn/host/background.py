@@ -20,7 +20,7 @@ from p2pvpn.core.errors import Fault, LocalError, P2pvpnError
 from . import planes, supervise
 from .control import control_path
 from .guard import Guard
-from .store import runtime_root, state_root
+from .store import runtime_root, state_root, told
 from .tun import DEVICE
 
 START_S = 20.0
@@ -76,6 +76,9 @@ def start(*, port: int | None = None, plane: str | None = None) -> None:
         command += ["--plane", plane]
     with suppress(OSError):
         _failure_path().unlink(missing_ok=True)
+    with told(f"cannot write {log_path()}"):
+        log_path().parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.close(os.open(log_path(), os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644))
     if supervise.has_systemd() or supervise.running(runtime_root()) is None:
         supervise.up(command, runtime_root(), log_path())
     deadline = time.monotonic() + START_S

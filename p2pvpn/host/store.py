@@ -59,13 +59,13 @@ class DirectoryStore:
     def __init__(self, path: Path) -> None:
         """Raises LocalError when the directory cannot be made or read."""
         self.path = path
-        with _told(f"cannot use {path}"):
+        with told(f"cannot use {path}"):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             path.chmod(0o700)
             self._remove_leftovers()
 
     def read(self, name: str) -> bytes | None:
-        with _told(f"cannot read {name}"):
+        with told(f"cannot read {name}"):
             try:
                 return self._file(name).read_bytes()
             except FileNotFoundError:
@@ -74,7 +74,7 @@ class DirectoryStore:
     def write(self, name: str, data: bytes, *, secret: bool = False) -> None:
         target = self._file(name)
         temporary = self.path / f".{name}.{os.getpid()}.tmp"
-        with _told(f"cannot write {name}"):
+        with told(f"cannot write {name}"):
             try:
                 _write_synced(temporary, data, 0o600 if secret else 0o644)
                 temporary.replace(target)
@@ -86,13 +86,13 @@ class DirectoryStore:
 
     def delete(self, name: str) -> None:
         target = self._file(name)
-        with _told(f"cannot delete {name}"):
+        with told(f"cannot delete {name}"):
             target.unlink(missing_ok=True)
             _sync_directory(self.path)
 
     def names(self) -> list[str]:
         """The files that are there, sorted."""
-        with _told(f"cannot list {self.path}"):
+        with told(f"cannot list {self.path}"):
             return sorted(entry.name for entry in self.path.iterdir() if _FILE_NAME.fullmatch(entry.name))
 
     def _file(self, name: str) -> Path:
@@ -146,7 +146,7 @@ def new_store(target: Path) -> Iterator[DirectoryStore]:
     store = DirectoryStore(making)
     try:
         yield store
-        with _told(f"cannot make {target}"):
+        with told(f"cannot make {target}"):
             making.rename(target)
             _sync_directory(target.parent)
     except BaseException:
@@ -158,7 +158,7 @@ def delete_network(network: NetworkDirectory) -> None:
     """All of it is gone at once, even if the process dies before the last file is. Raises LocalError."""
     _remove_dead(network.path.parent)
     leaving = network.path.with_name(f".{network.path.name}.{os.getpid()}.tmp")
-    with _told(f"cannot delete {network.path}"):
+    with told(f"cannot delete {network.path}"):
         network.path.rename(leaving)
         _sync_directory(leaving.parent)
         shutil.rmtree(leaving)
@@ -166,14 +166,14 @@ def delete_network(network: NetworkDirectory) -> None:
 
 def _remove_dead(parent: Path) -> None:
     """Directories that dead processes were about to make or delete."""
-    with _told(f"cannot list {parent}"), suppress(FileNotFoundError):
+    with told(f"cannot list {parent}"), suppress(FileNotFoundError):
         for entry in _leftovers(parent):
             shutil.rmtree(entry, ignore_errors=True)
 
 
 def list_networks(root: Path) -> list[NetworkDirectory]:
     """The networks that have state under `root`, by name."""
-    with _told(f"cannot list {root}"):
+    with told(f"cannot list {root}"):
         try:
             entries = list((root / "networks").iterdir())
         except FileNotFoundError:
@@ -209,7 +209,7 @@ class StateLock:
 
     def __init__(self, root: Path) -> None:
         """Raises LocalError when another process holds it."""
-        with _told(f"cannot use {root}"):
+        with told(f"cannot use {root}"):
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._fd = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -234,8 +234,8 @@ class StateLock:
 
 
 @contextmanager
-def _told(what: str) -> Iterator[None]:
-    """Operating system errors as LocalError."""
+def told(what: str) -> Iterator[None]:
+    """Operating system errors of the block as LocalError, with what can be done about them."""
     try:
         yield
     except OSError as problem:
