@@ -12,6 +12,8 @@ CANDIDATES = 41001
 """The sender's ICE candidates, the whole list (`punch.candidates.encode_candidates`)."""
 DOCUMENT_VERSION = 41002
 """Version and hash of the network document that the sender has."""
+MOVE_WANTED = 41003
+"""The sender checked the direct path and is not on it: the SA's initiator shall move it there (again). No data."""
 DIGEST_BYTES = 32
 
 

@@ -29,7 +29,7 @@ from p2pvpn.punch.events import PathLost, PathNominated, PunchFailed
 from .backoff import Backoff
 from .connect import Finder
 from .events import MeshEvent, PathChanged, Refused
-from .notices import CANDIDATES, find
+from .notices import CANDIDATES, MOVE_WANTED, find
 from .pump import Pump
 from .relaying import RelayPath
 from .services import Services
@@ -42,6 +42,11 @@ RETRY_MAX_S = 4.0
 """Between calls for a fresh relay."""
 CHANCE_S = 0.5
 """Whoever may not move an SA waits so long for the one who may."""
+
+
+APART_S, APART_MAX_S = 3.0, 60.0
+"""A move takes a round trip or two; when the SA still is not on the chosen path after this, it is moved again, later
+after twice as long."""
 
 
 class PathKind(Enum):
@@ -65,6 +70,9 @@ class LiveSa:
     pump: Pump | None = None
     replaced: bool = False
     move_reason: str = "better"
+    apart_until: float | None = None
+    """The SA is not on the path that was chosen, and is moved again then."""
+    apart_s: float = APART_S
     settled: asyncio.Event = field(default_factory=asyncio.Event)
     """A move ended, well or not."""
     alive: asyncio.Event = field(default_factory=asyncio.Event)
@@ -217,8 +225,10 @@ class Paths:
             del self._services.agents[sa.agent]
             sa.agent = sa.pump = None
 
-    def take_candidates(self, sa: LiveSa, notifies: tuple[Notify, ...]) -> None:
-        """The peer said something inside IKE: perhaps new candidates."""
+    def informed(self, sa: LiveSa, notifies: tuple[Notify, ...]) -> None:
+        """The peer said something inside IKE: perhaps new candidates, or that it is not where we think."""
+        if find(notifies, MOVE_WANTED) is not None and sa.initiator and sa.agent is not None and sa.agent.selected:
+            self._services.ike.move(sa.id, sa.agent.selected)
         if find(notifies, CANDIDATES) is not None and sa.agent is not None and sa.pump is not None:
             sa.pump.feed(sa.agent.update_remote(self._candidates_of(notifies), self._services.now))
 
@@ -283,6 +293,23 @@ class Paths:
         works = sa.agent is not None and sa.agent.selected == sa.path
         if sa is self._owner.current and not works and self.kind(sa) is PathKind.DIRECT:
             self.fall_back(reason)
+
+    def reconcile(self, sa: LiveSa) -> None:
+        """A move may get lost, on either side: then the SA is not where the punching agents are."""
+        chosen = sa.agent.selected if sa.agent is not None else None
+        if chosen is None or chosen.remote == sa.path.remote:
+            sa.apart_until, sa.apart_s = None, APART_S
+            return
+        now = self._services.now
+        if sa.apart_until is not None and now >= sa.apart_until:
+            sa.apart_until = None
+            if sa.initiator:
+                self._move(sa, chosen, "better")
+            else:
+                self._services.ike.inform(sa.id, (Notify(MOVE_WANTED),))
+        if sa.apart_until is None:
+            sa.apart_until = now + sa.apart_s
+            sa.apart_s = min(APART_MAX_S, 2 * sa.apart_s)
 
     # A path in doubt.
 

@@ -116,10 +116,10 @@ class RelayClientPump:
         usable = [relay for relay in relays if relay.port == parsed.port]
         problem = RelayFailed("the relay has no address that we can reach")
         for relay in sorted(usable, key=lambda relay: relay.host != proven):
-            done = self._wait(relay)
             path = self._open(parsed, relay)
             if relay.host == proven:
                 return path
+            done = self._wait(relay)
             try:
                 await self._within(done, self._timeout_s)
                 return path

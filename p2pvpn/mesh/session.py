@@ -272,7 +272,7 @@ class Session:
         """The peer said something inside IKE: perhaps new candidates."""
         sa = self._sas.get(sa_id)
         if sa is not None:
-            self.paths.take_candidates(sa, notifies)
+            self.paths.informed(sa, notifies)
 
     # Care.
 
@@ -299,6 +299,7 @@ class Session:
         sa = self.current
         if sa is None:
             return
+        self.paths.reconcile(sa)
         tuning, now = self._services.tuning, self._services.now
         age = now - sa.established_at
         worn = usage.sequence_out > tuning.sequence_limit or age > tuning.sa_life_s * tuning.sa_replace_fraction

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
 from p2pvpn.mesh.events import PeerLost
 from p2pvpn.mesh.tuning import Tuning
 from p2pvpn.sim.application import Pinger
+from p2pvpn.sim.internet import ACCESS
 from p2pvpn.sim.nat import NatKind
 
 from .life import Life
@@ -171,5 +173,23 @@ def test_a_relay_that_the_nats_forgot_still_serves_after_an_idle_hour() -> None:
             report = await life.ping(life.a, life.b, count=2)
             assert report.lost == []
             await asyncio.sleep(180)
+
+    life.run(story())
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_both_ends_agree_on_the_direct_path_after_a_time_of_heavy_loss(seed: int) -> None:
+    life = Life(40 + seed)
+
+    async def story() -> None:
+        lines = [home.router.outside for home in life.homes.values()]
+        for line in lines:
+            line.quality = replace(ACCESS, loss=0.3)
+        await life.ping(life.a, life.b, count=100, interval_s=0.1)
+        for line in lines:
+            line.quality = ACCESS
+        report = await life.ping(life.a, life.b, count=200, interval_s=0.2)
+        assert report.answered > 150
+        assert life.path(life.a, life.b) == life.path(life.b, life.a) == "direct"
 
     life.run(story())
