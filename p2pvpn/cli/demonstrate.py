@@ -12,7 +12,9 @@ NAT_KINDS = ("none", "full-cone", "restricted", "port-restricted", "symmetric")
 @click.option("--nat-b", type=click.Choice(NAT_KINDS), default="port-restricted", help="What peer b sits behind.")
 @click.option("--hubs", type=click.IntRange(2, 8), default=3, help="How many hubs.")
 @click.option("--rtt", type=click.IntRange(1, 500), default=30, help="Round trip between a peer and a hub, in ms.")
-@click.option("--plane", type=click.Choice(["auto", "user"]), default="auto", help="What encrypts the packets.")
+@click.option(
+    "--plane", type=click.Choice(["auto", "kernel", "user"]), default="auto", help="What encrypts the packets."
+)
 @click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Write the figures to this file.")
 @click.pass_context
 def demo(ctx: click.Context, nat_a: str, nat_b: str, hubs: int, rtt: int, plane: str, json_file: str | None) -> None:

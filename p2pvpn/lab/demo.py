@@ -10,16 +10,19 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import time
 import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from p2pvpn.core.errors import P2pvpnError
+import p2pvpn
+from p2pvpn.core.errors import LocalError, P2pvpnError
+from p2pvpn.host import planes
 from p2pvpn.identity.document import ENROL_PORT
 
-from . import nat
+from . import nat, uml
 from .capture import Capture
 from .namespace import fork_into_lab
 from .nat import NatKind
@@ -44,6 +47,8 @@ RELAYED_TO_DIRECT = 3.0
 """The relayed round trip is at least this many direct ones, by the laboratory's distances."""
 TIMELINE_MS = 2000.0
 TIMELINE_ROWS = 24
+GUEST_MEMORY = "2048M"
+GUEST_S = 600
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +86,9 @@ class Figures:
 
 def main(options: DemoOptions) -> int:
     """Perform it in namespaces of its own; 0 only if all was as it should be. Raises LocalError before it begins."""
+    if options.plane == "kernel" and not _kernel_has_esp():
+        require_programs(in_guest=True)
+        return _perform_in_guest(options)
     require_programs()
     status = fork_into_lab()
     if status is not None:
@@ -96,6 +104,30 @@ def main(options: DemoOptions) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _kernel_has_esp() -> bool:
+    try:
+        planes.probe()
+    except LocalError:
+        return False
+    return True
+
+
+def _perform_in_guest(options: DemoOptions) -> int:
+    """This kernel has no ESP (or we may not touch it): perform on one that has, in User-Mode Linux."""
+    if uml.is_inside():
+        raise LocalError("the kernel of this guest has no ESP", hint="is its esp4 module there?")
+    with tempfile.TemporaryDirectory(prefix="p2pvpn-demo-") as shared:
+        result = Path(shared) / "figures.json"
+        command = [sys.executable, "-m", "p2pvpn.cli.main", "demo", "--plane", "kernel", "--json", str(result)]
+        command += ["--nat-a", options.nat_a, "--nat-b", options.nat_b]
+        command += ["--hubs", str(options.hubs), "--rtt", f"{options.rtt_ms:g}"]
+        guest = uml.Guest(memory=GUEST_MEMORY, timeout_s=GUEST_S, writable=(shared,))
+        status = uml.run(command, guest, {"PYTHONPATH": str(Path(p2pvpn.__file__).parent.parent)})
+        if options.json_file and result.exists():
+            Path(options.json_file).write_bytes(result.read_bytes())
+    return status
 
 
 def perform(options: DemoOptions) -> bool:

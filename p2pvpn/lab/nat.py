@@ -18,8 +18,12 @@ that peer another port: punching would fail at random.
 
 from __future__ import annotations
 
+import functools
+import shutil
+import subprocess
 from enum import Enum
 
+from . import nat_iptables
 from .net import Home
 
 MAPPING_TIMEOUT_S = 120
@@ -119,10 +123,24 @@ def ruleset(kind: NatKind) -> str:
 def apply(home: Home, kind: NatKind) -> None:
     """Make the home's router behave like `kind` from now on; the flows that it knew are forgotten.
 
-    `none` lets packets through as they are, which serves homes that are `routed`.
+    `none` lets packets through as they are, which serves homes that are `routed`. Kernels without nf_tables get the
+    same of iptables.
     """
-    home.router.nft(ruleset(kind))
+    if _has_nftables():
+        home.router.nft(ruleset(kind))
+    else:
+        script = nat_iptables.script(kind.value, home.inside, home.public, MAPPING_TIMEOUT_S)
+        home.router.run([nat_iptables.PROGRAM], stdin=script)
     home.router.run(["conntrack", "-F"])
+
+
+@functools.cache
+def _has_nftables() -> bool:
+    """Whether this kernel has nf_tables; asked in the laboratory's own namespace."""
+    if shutil.which("nft") is None:
+        return False
+    probe = "table ip lab_probe {}\ndelete table ip lab_probe\n"
+    return subprocess.run(["nft", "-f", "-"], input=probe.encode(), capture_output=True, check=False).returncode == 0
 
 
 def turn_hostile(home: Home) -> None:

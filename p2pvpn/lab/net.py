@@ -7,7 +7,8 @@
 
 Public links are point to point (a /32 or /128 at each end), so any address can sit anywhere. A link with a delay is a
 `delay` process between two TAP devices, any other a veth pair without offloads: every frame on a link is a packet as a
-wire would carry it, which is what the capture counts. Use it inside `fork_into_lab` only.
+wire would carry it, which is what the capture counts. In User-Mode Linux, where system calls are slow and netem is at
+hand, a delay is netem's. Use it inside `fork_into_lab` only.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import IO, Any
 
 from p2pvpn.core.errors import LocalError
 
-from . import delay
+from . import delay, uml
 from .namespace import is_inside, network_namespace
 
 ROUTER_V4 = "192.0.2.254"
@@ -52,7 +53,8 @@ class CommandError(LocalError):
 
 @dataclass(frozen=True, slots=True)
 class Hop:
-    """One link of the underlay, seen from one of its ends."""
+    """One link of the underlay, seen from its second end: that is a router's, never a host's whose kernel shows what it
+    decrypted once more on the device that brought it."""
 
     node: Node
     interface: str
@@ -215,7 +217,8 @@ class Lab:
 
     def link(self, one: Node, one_device: str, other: Node, other_device: str, *, delay_s: float = 0.0) -> Hop:
         """A cable between two hosts, `delay_s` long in each direction; both ends are up, without addresses."""
-        if delay_s > 0:
+        netem = delay_s > 0 and uml.is_inside()
+        if delay_s > 0 and not netem:
             with one.inside():
                 near = delay.open_tap(one_device)
             with other.inside():
@@ -227,10 +230,13 @@ class Lab:
         else:
             one.ip(f"link add {one_device} type veth peer name {other_device} netns {other}")
         for node, device in ((one, one_device), (other, other_device)):
-            if delay_s == 0:
+            if delay_s == 0 or netem:
                 node.run(["ethtool", "-K", device, "tx", "off", "tso", "off", "gso", "off", "gro", "off"])
             node.ip(f"link set {device} txqueuelen {delay.QUEUE_FRAMES} up")
-        hop = Hop(one, one_device, f"{one}-{other}")
+            if netem:
+                wait = f"{delay_s * 1e6:.0f}us"
+                node.run(["tc", "qdisc", "add", "dev", device, "root", "netem", "delay", wait, "limit", "20000"])
+        hop = Hop(other, other_device, f"{one}-{other}")
         self.hops.append(hop)
         return hop
 

@@ -35,6 +35,12 @@ PROGRAMS = {
     "ethtool": "ethtool",
 }
 """What the laboratory runs, and the Debian packages that have it."""
+GUEST_PROGRAMS = {
+    "linux.uml": "user-mode-linux",
+    "modprobe": "kmod",
+    "iptables-legacy": "iptables",
+}
+"""What it needs besides to run in User-Mode Linux."""
 HOME_LINK_S = 0.0025
 """One way between a home and the router of the Internet, at most."""
 HOME_LINK_PART = 24
@@ -55,9 +61,10 @@ class Seen(Exception):
         self.hosts = hosts
 
 
-def require_programs() -> None:
+def require_programs(*, in_guest: bool = False) -> None:
     """Raises LocalError that says what to install."""
-    missing = sorted({package for program, package in PROGRAMS.items() if shutil.which(program) is None})
+    wanted = PROGRAMS | GUEST_PROGRAMS if in_guest else PROGRAMS
+    missing = sorted({package for program, package in wanted.items() if shutil.which(program) is None})
     if missing:
         raise LocalError("the laboratory lacks programs", hint=f"apt install {' '.join(missing)}")
 
