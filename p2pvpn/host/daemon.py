@@ -51,10 +51,11 @@ class Daemon:
         self._services: dict[str, NetworkService] = {}
         self.problems: list[Problem] = []
         self._stop = asyncio.Event()
+        self._failure: LocalError | None = None
         self._quota = (0.0, 0)
 
     async def run(self) -> None:
-        """Serve until SIGTERM or SIGINT. Raises LocalError when something that is needed cannot be had."""
+        """Serve until SIGTERM or SIGINT. Raises LocalError when something that is needed cannot be had (any more)."""
         async with contextlib.AsyncExitStack() as stack:
             stack.enter_context(StateLock(state_root()))
             loop = asyncio.get_running_loop()
@@ -67,6 +68,8 @@ class Daemon:
             await self._stop.wait()
             supervise.notify("STOPPING=1")
             log.info("going down")
+        if self._failure is not None:
+            raise self._failure
 
     async def _open(self, stack: contextlib.AsyncExitStack) -> None:
         profiles = self._load_all()
@@ -188,7 +191,11 @@ class Daemon:
                 log.error("the plane does not start, once more in %g s: %s", pause_s, problem)
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, REVIVE_MAX_S)
-        await self.node.plane_died()
+        try:
+            await self.node.plane_died()
+        except LocalError as problem:  # its devices cannot be made again: whoever supervises us starts us afresh
+            self._failure = problem
+            self._stop.set()
 
     def _on_event(self, event: MeshEvent) -> None:
         second, count = self._quota

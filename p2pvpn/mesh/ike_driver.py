@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from p2pvpn.core.address import Path
@@ -137,22 +137,26 @@ class IkeDriver:
                 case SendKeepalive(path=path):
                     self._underlay.send(path, KEEPALIVE)
                 case InstallChild(child=child):
-                    try:
-                        await self._plane.install(child)
-                    except P2pvpnError as problem:
-                        log.error("SA %d could not be installed: %s", child.id, problem)
+                    await self._try("installed", child.id, self._plane.install(child))
                     self._on_output(output)
                 case UseChild(child_id=child_id):
-                    await self._plane.use(child_id)
+                    await self._try("used", child_id, self._plane.use(child_id))
                     self._on_output(output)
                 case MoveChild(child_id=child_id, path=path):
-                    await self._plane.move(child_id, path)
+                    await self._try("moved", child_id, self._plane.move(child_id, path))
                     self._on_output(output)
                 case RemoveChild(child_id=child_id):
-                    await self._plane.remove(child_id)
+                    await self._try("removed", child_id, self._plane.remove(child_id))
                     self._on_output(output)
                 case _:
                     self._on_output(output)
+
+    async def _try(self, what: str, child_id: int, effect: Awaitable[None]) -> None:
+        """A plane that refuses, or died a moment ago, must not end the IKE machine: `plane_died` starts over."""
+        try:
+            await effect
+        except P2pvpnError as problem:
+            log.error("SA %d could not be %s: %s", child_id, what, problem)
 
     def _arm(self) -> None:
         if self._timer is not None:

@@ -13,6 +13,7 @@ from ipaddress import IPv6Address
 from typing import Protocol
 
 from p2pvpn.core.address import Endpoint, IpAddress
+from p2pvpn.core.errors import LocalError
 from p2pvpn.core.output import Output
 from p2pvpn.core.selector import Selector
 from p2pvpn.dht.client import DhtClient
@@ -196,7 +197,10 @@ class Network:
 
     async def _look_at(self, sessions: list[Session], look: Callable[[Session, SaUsage], None]) -> None:
         live = [session.current.child_id for session in sessions if session.current is not None]
-        usage = await self._services.plane.usage(live)
+        try:
+            usage = await self._services.plane.usage(live)
+        except LocalError:
+            return  # the plane died; `reopen` and `abandon` follow
         for session in sessions:
             if session.current is not None:
                 look(session, usage.get(session.current.child_id, SaUsage()))

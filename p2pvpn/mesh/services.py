@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
+from p2pvpn.core.errors import P2pvpnError
 from p2pvpn.core.ports import Entropy, WallClock
 from p2pvpn.punch.agent import PunchAgent
 from p2pvpn.punch.limits import PunchLimits
@@ -19,9 +21,14 @@ from .pump import Pump
 from .relaying import RelayClientPump
 from .tuning import Tuning
 
+log = logging.getLogger(__name__)
+
 
 class TaskSet:
-    """Owns tasks that are started from callbacks: none is lost, all end with the engine, a failure is not hidden."""
+    """Owns tasks that are started from callbacks: none is lost, all end with the engine, a failure is not hidden.
+
+    One of ours is a line in the log; any other is a mistake, and the loop's exception handler tells it in full.
+    """
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -35,6 +42,9 @@ class TaskSet:
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (problem := task.exception()) is not None:
+            if isinstance(problem, P2pvpnError):  # said in one line: it is no mistake of ours, and the engine goes on
+                log.error("%s failed: %s", task.get_name(), problem)
+                return
             loop = asyncio.get_running_loop()
             loop.call_exception_handler(
                 {"message": f"task {task.get_name()} failed", "exception": problem, "task": task}
