@@ -32,7 +32,7 @@ from .inner import (
     trimmed_untrusted,
     with_outer_ecn,
 )
-from .packet import NEXT_IPV4, NEXT_IPV6, NEXT_NONE, SHORTEST_BYTES, inner_mtu
+from .packet import NEXT_IPV4, NEXT_IPV6, NEXT_NONE, SHORTEST_BYTES, inner_mtu, unpadded_untrusted
 from .sa import MAX_PAIRS, InboundSa, OutboundSa
 from .selectors import PrefixTable
 
@@ -246,7 +246,7 @@ class EspEngine:
         if sa is None:
             found = self._choose(table, packet, pair)
             if not isinstance(found, OutboundSa):
-                return found
+                return found if isinstance(found, Trapped) else self._refuse(found)
             sa = found
         if size > sa.mtu and (version == 4 or size > MIN_MTU_IPV6):
             return self._oversized(sa, packet, now)
@@ -260,10 +260,28 @@ class EspEngine:
             return self._refuse(Reason.EXHAUSTED)
         return _new_tuple(Sealed, (sa.path, sealed, outer_class, ()))
 
-    def _choose(self, network: _Network | None, packet: bytes, pair: bytes) -> OutboundSa | Trapped | Refused:
+    def outbound_sa(self, network: str, head: bytes) -> OutboundSa | None:
+        """The SA for packets of one flow, which begin with `head`: an IP header with what follows it up to the ports.
+
+        None when no SA carries them, or some other thing needs a look at each: ask `outbound` for each then.
+        """
+        table = self._networks.get(network)
+        pair = head[12:20] if head[0] >> 4 == 4 else head[8:40]
+        sa = table.pairs.get(pair) if table is not None else None
+        if sa is None:
+            found = self._choose(table, head, pair)
+            return found if isinstance(found, OutboundSa) else None
+        return sa
+
+    def outbound_sa_of_pair(self, network: str, pair: bytes) -> OutboundSa | None:
+        """The SA for all packets with this packed source and destination, if it is known that these decide."""
+        table = self._networks.get(network)
+        return table.pairs.get(pair) if table is not None else None
+
+    def _choose(self, network: _Network | None, packet: bytes, pair: bytes) -> OutboundSa | Trapped | Reason:
         """The SA in use for the packet: the longest remote prefix, then the newest, that admits both addresses."""
         if is_link_scoped(packet):
-            return self._refuse(Reason.LINK_SCOPED)
+            return Reason.LINK_SCOPED
         if network is None:
             return TRAPPED
         half = len(pair) // 2
@@ -279,7 +297,7 @@ class EspEngine:
                         network.pairs[pair] = sa
                     return sa
         except WireError:
-            return self._refuse(Reason.BAD_INNER)
+            return Reason.BAD_INNER
         return TRAPPED
 
     def _oversized(self, sa: OutboundSa, packet: bytes, now: float) -> Sealed | TooBig | Refused:
@@ -326,6 +344,47 @@ class EspEngine:
         newest = window.accept(sequence)
         sa.packets += 1
         sa.last_at = now
+        inner = self.admit(sa, next_header, packet, ecn)
+        if isinstance(inner, Refused):
+            return inner
+        moved = sa.came_from(source) if newest and source != sa.source else None
+        child = sa.child
+        return _new_tuple(Delivered, (child.network, child.id, inner, moved))
+
+    def inbound_sa(self, spi: bytes) -> InboundSa | None:
+        """The SA of a batch of datagrams; None when `inbound` must look at each."""
+        return self._by_spi.get(spi)
+
+    def admit_text(self, sa: InboundSa, plain: bytes, ecn: int) -> bytes | Refused:
+        """`admit` for a decrypted text with its padding."""
+        try:
+            next_header, packet = unpadded_untrusted(plain)
+        except WireError:
+            return self._refuse(Reason.BAD_PADDING)
+        return self.admit(sa, next_header, packet, ecn)
+
+    def admit_run(self, sa: InboundSa, head: bytes, count: int, size: int, ecn: int) -> bytes | None:
+        """`admit` for `count` whole packets of `size` bytes of one flow, which begin with `head` in everything that is
+        looked at here: `head` as the network may have it, or None when all of them are refused."""
+        pair = head[12:20] if head[0] >> 4 == 4 else head[8:40]
+        try:
+            admitted = pair in sa.pairs or sa.admits_untrusted(head, pair)
+        except WireError:
+            self.drops[Reason.BAD_INNER] += count
+            return None
+        if not admitted:
+            self.drops[Reason.WRONG_ADDRESS] += count
+            return None
+        sa.bytes += count * size
+        if not ecn & 3:
+            return head
+        combined = with_outer_ecn(head, ecn)
+        if combined is None:
+            self.drops[Reason.CONGESTION] += count
+        return combined
+
+    def admit(self, sa: InboundSa, next_header: int, packet: bytes, ecn: int) -> bytes | Refused:
+        """The inner packet as the network may have it, once ICV and window were found in order."""
         if next_header == NEXT_NONE:
             return self._refuse(Reason.DUMMY)
         size = len(packet)
@@ -352,6 +411,4 @@ class EspEngine:
             if combined is None:
                 return self._refuse(Reason.CONGESTION)
             packet = combined
-        moved = sa.came_from(source) if newest and source != sa.source else None
-        child = sa.child
-        return _new_tuple(Delivered, (child.network, child.id, packet, moved))
+        return packet

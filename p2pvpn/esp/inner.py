@@ -48,6 +48,16 @@ def checksum(data: bytes) -> int:
     return 0xFFFF - (int.from_bytes(data, "big") % 0xFFFF or (0xFFFF if any(data) else 0))
 
 
+def with_checksum(packet: bytes, start: int, offset: int) -> bytes:
+    """The packet with its transport checksum over everything from `start`, `offset` bytes further on, where the sum of
+    the pseudo header stands; as a device with checksum offload completes it."""
+    found = 0xFFFF - (int.from_bytes(packet[start:], "little") % 0xFFFF or 0xFFFF)
+    if offset == 6 and not found:
+        found = 0xFFFF  # UDP: zero would say that there is none (RFC 768)
+    at = start + offset
+    return packet[:at] + found.to_bytes(2, "little") + packet[at + 2 :]
+
+
 def trimmed_untrusted(packet: bytes) -> bytes:
     """A whole IPv4 or IPv6 packet without what follows its end (traffic-flow confidentiality padding, RFC 4303
     section 2.7). Raises WireError unless header and length fit the bytes."""

@@ -51,6 +51,21 @@ def _trailers(next_header: int) -> tuple[bytes, ...]:
 _TRAILERS = {version: _trailers(version) for version in (NEXT_IPV4, NEXT_IPV6, NEXT_NONE)}
 
 
+def trailer_of(size: int, next_header: int) -> bytes:
+    """Padding, its length and the next header for a packet of `size` bytes."""
+    return _TRAILERS[next_header][-(size + TRAILER_BYTES) & 3]
+
+
+def unpadded_untrusted(plain: bytes) -> tuple[int, bytes]:
+    """Next header and payload of a decrypted text of four bytes at least. Raises WireError for wrong padding."""
+    pad = plain[-2]
+    end = len(plain) - TRAILER_BYTES - pad
+    # RFC 4303 section 2.4: 1, 2, 3 .., and the receiver should look.
+    if end < 0 or (pad and plain[end:-2] != _PADDING[:pad]):
+        raise WireError("the padding is not 1, 2, 3 ..")
+    return plain[-1], plain[:end]
+
+
 def inner_mtu(outer_mtu: int, *, outer_ipv6: bool) -> int:
     """The largest inner packet whose ESP-in-UDP packet fits `outer_mtu` bytes, IP header included."""
     room = outer_mtu - (40 if outer_ipv6 else 20) - UDP_HEADER_BYTES - HEADER_BYTES - IV_BYTES - ICV_BYTES
@@ -60,32 +75,35 @@ def inner_mtu(outer_mtu: int, *, outer_ipv6: bool) -> int:
 class Sealer:
     """The outbound direction of an SA: key, salt and SPI. It counts nothing."""
 
-    __slots__ = ("_encrypt", "_esn", "_salt", "_spi")
+    __slots__ = ("_encrypt", "_spi", "encrypt_into", "esn", "salt", "spi")
 
     def __init__(self, suite: EspSuite, keymat: bytes, spi: int, *, esn: bool) -> None:
-        cipher, self._salt = raw_cipher(suite, keymat)
+        cipher, self.salt = raw_cipher(suite, keymat)
         self._encrypt = cipher.encrypt
+        self.encrypt_into = cipher.encrypt_into
+        self.spi = spi
         self._spi = spi.to_bytes(4, "big")
-        self._esn = esn
+        self.esn = esn
 
     def seal(self, sequence: int, packet: bytes, next_header: int) -> bytes:
         """The datagram for an inner packet. A `sequence` (64 bits) must never be given twice."""
         iv = sequence.to_bytes(8, "big")
         header = self._spi + iv[4:]
-        trailer = _TRAILERS[next_header][-(len(packet) + TRAILER_BYTES) & 3]
-        sealed = self._encrypt(self._salt + iv, packet + trailer, self._spi + iv if self._esn else header)
+        trailer = trailer_of(len(packet), next_header)
+        sealed = self._encrypt(self.salt + iv, packet + trailer, self._spi + iv if self.esn else header)
         return header + iv + sealed
 
 
 class Opener:
     """The inbound direction of an SA: key, salt. It remembers nothing."""
 
-    __slots__ = ("_decrypt", "_esn", "_salt")
+    __slots__ = ("_decrypt", "decrypt_into", "esn", "salt")
 
     def __init__(self, suite: EspSuite, keymat: bytes, *, esn: bool) -> None:
-        cipher, self._salt = raw_cipher(suite, keymat)
+        cipher, self.salt = raw_cipher(suite, keymat)
         self._decrypt = cipher.decrypt
-        self._esn = esn
+        self.decrypt_into = cipher.decrypt_into
+        self.esn = esn
 
     def open_untrusted(self, sequence: int, data: bytes) -> tuple[int, bytes]:
         """Next header and payload of a datagram; `sequence` is its whole number, with ESN the estimated one.
@@ -94,14 +112,9 @@ class Opener:
         """
         if len(data) < SHORTEST_BYTES or len(data) & 3:
             raise WireError(f"an ESP packet of {len(data)} bytes")
-        aad = data[:4] + sequence.to_bytes(8, "big") if self._esn else data[:8]
+        aad = data[:4] + sequence.to_bytes(8, "big") if self.esn else data[:8]
         try:
-            plain = self._decrypt(self._salt + data[8:16], data[16:], aad)
+            plain = self._decrypt(self.salt + data[8:16], data[16:], aad)
         except BadIcv:
             raise TrustError("the integrity check value does not hold") from None
-        pad = plain[-2]
-        end = len(plain) - TRAILER_BYTES - pad
-        # RFC 4303 section 2.4: 1, 2, 3 .., and the receiver should look.
-        if end < 0 or (pad and plain[end:-2] != _PADDING[:pad]):
-            raise WireError("the padding is not 1, 2, 3 ..")
-        return plain[-1], plain[:end]
+        return unpadded_untrusted(plain)

@@ -63,3 +63,9 @@ class ReplayWindow:
             return True
         self._bits |= 1 << -ahead
         return False
+
+    def accept_run(self, first: int, count: int) -> None:
+        """Mark `count` consecutive authenticated numbers from `first`, which is above `top`, as seen."""
+        self.accept(first)
+        self._run += count - 1
+        self.top += count - 1

@@ -73,6 +73,17 @@ class OutboundSa:
         self.last_at = now
         return self.sealer.seal(sequence, packet, next_header)
 
+    def reserve(self, count: int, size: int, now: float) -> int | None:
+        """The first of `count` sequence numbers for packets of `size` bytes each; None when so many are not left."""
+        first = self.sequence + 1
+        if self.sequence + count > self.stop_at:
+            return None
+        self.sequence += count
+        self.packets += count
+        self.bytes += count * size
+        self.last_at = now
+        return first
+
 
 class InboundSa:
     """Opens packets of one peer. `home` is where the path leads, `source` where the newest packet came from."""

@@ -9,10 +9,11 @@ datagrams go one by one.
 from __future__ import annotations
 
 import errno
+import select
 import socket
 import struct
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from p2pvpn.core.address import Endpoint, Path
 
@@ -22,6 +23,9 @@ MAX_RUN = 60
 """Datagrams of one call; the kernel takes 64 at least."""
 MAX_RUN_BYTES = 65000
 """Bytes of one call; with headers they must fit an IPv4 packet."""
+ROOM_WAIT_MS = 20
+"""How long a full socket may hold the worker up: the card is slower than the sources, and what the device queues
+meanwhile slows them down, where a loss would only make them send it again."""
 MAX_WAYS = 4096
 """Paths whose socket and address are remembered."""
 
@@ -48,12 +52,31 @@ class _Way:
             found = self.by_class[traffic_class] = ancillary(self.path, traffic_class)
         return found
 
-    def send(self, datagram: bytes, traffic_class: int) -> None:
+    def send(self, datagram: bytes | memoryview, traffic_class: int) -> None:
         """Raises OSError."""
-        if self.plain and not traffic_class:
-            self.sock.sendto(datagram, self.address)
-        else:
+        try:
+            if self.plain and not traffic_class:
+                self.sock.sendto(datagram, self.address)
+            else:
+                self.sock.sendmsg((datagram,), self.control(traffic_class), 0, self.address)
+        except BlockingIOError:
+            self._wait()
             self.sock.sendmsg((datagram,), self.control(traffic_class), 0, self.address)
+
+    def send_run(self, pieces: Sequence[bytes | memoryview], size: int, traffic_class: int) -> None:
+        """Datagrams of `size` bytes. Raises OSError."""
+        control = [*self.control(traffic_class), (_SOL_UDP, _UDP_SEGMENT, struct.pack("=H", size))]
+        try:
+            self.sock.sendmsg(pieces, control, 0, self.address)
+        except BlockingIOError:
+            self._wait()
+            self.sock.sendmsg(pieces, control, 0, self.address)
+
+    def _wait(self) -> None:
+        """Until the socket has room, or for a while."""
+        poll = select.poll()
+        poll.register(self.sock, select.POLLOUT)
+        poll.poll(ROOM_WAIT_MS)
 
 
 class Sender:
@@ -102,30 +125,45 @@ class Sender:
         way = self._ways.get(path) or self._open_way(path)
         if way is None:
             self.lost["no address family"] += len(run)
-        elif len(run) == 1 or not self._segments or not self._send_run(way):
+        elif len(run) == 1 or not self._send_run(way, run, self._size, len(run), self._class):
             for datagram in run:
-                self._send_one(way, datagram)
+                self._send_one(way, datagram, self._class)
         run.clear()
 
-    def _send_run(self, way: _Way) -> bool:
+    def put_rows(self, path: Path, rows: memoryview, size: int, traffic_class: int) -> None:
+        """Send datagrams of `size` bytes that lie one behind the other, the last perhaps shorter; MAX_RUN_BYTES and
+        the kernel's 64 datagrams at most. They are sent when this returns, after those that were `put` before."""
+        self.flush()
+        way = self._ways.get(path) or self._open_way(path)
+        count = -(-len(rows) // size)
+        if way is None:
+            self.lost["no address family"] += count
+        elif count == 1 or not self._send_run(way, (rows,), size, count, traffic_class):
+            for at in range(0, len(rows), size):
+                self._send_one(way, rows[at : at + size], traffic_class)
+
+    def _send_run(
+        self, way: _Way, pieces: Sequence[bytes | memoryview], size: int, count: int, traffic_class: int
+    ) -> bool:
         """One call for the whole run; False when each datagram must be tried by itself."""
-        control = [*way.control(self._class), (_SOL_UDP, _UDP_SEGMENT, struct.pack("=H", self._size))]
+        if not self._segments:
+            return False
         try:
-            way.sock.sendmsg(self._run, control, 0, way.address)
+            way.send_run(pieces, size, traffic_class)
         except OSError as error:
             if error.errno in _NO_SEGMENTATION:
                 self._segments = False
             elif error.errno != errno.EMSGSIZE:
-                self._count(error, len(self._run))
+                self._count(error, count)
                 return True
             return False
         return True
 
-    def _send_one(self, way: _Way, datagram: bytes) -> None:
+    def _send_one(self, way: _Way, datagram: bytes | memoryview, traffic_class: int) -> None:
         """A datagram by itself. When it is too big, the path is narrower than thought: that is learned, and this one
         goes in fragments; so do IPv6 packets of the minimum MTU over paths that are narrower still."""
         try:
-            way.send(datagram, self._class)
+            way.send(datagram, traffic_class)
         except OSError as error:
             if error.errno != errno.EMSGSIZE:
                 self._count(error, 1)
@@ -133,12 +171,12 @@ class Sender:
             mtu = path_mtu(way.path)
             if mtu is not None:
                 self._on_narrow(way.path.remote, mtu)
-            self._send_in_fragments(way, datagram)
+            self._send_in_fragments(way, datagram, traffic_class)
 
-    def _send_in_fragments(self, way: _Way, datagram: bytes) -> None:
+    def _send_in_fragments(self, way: _Way, datagram: bytes | memoryview, traffic_class: int) -> None:
         allow_fragments(way.sock, allowed=True)
         try:
-            way.send(datagram, self._class)
+            way.send(datagram, traffic_class)
         except OSError as error:
             self._count(error, 1)
         finally:

@@ -1,7 +1,7 @@
 """A TUN device: whole IP packets in and out, without a header of its own (IFF_NO_PI).
 
 The device lives as long as its descriptor, so it vanishes with the process that opened it. `read` and `write` are the
-per-packet functions of the worker; a batched form (virtio headers) has its place beside them.
+per-packet functions of the worker; `offload_tun` has the batched form.
 """
 
 from __future__ import annotations
@@ -33,13 +33,14 @@ class Tun:
 
     __slots__ = ("fd", "name")
 
-    def __init__(self, pattern: str = "p2pvpn%d") -> None:
-        """Make a device; `%d` in the pattern becomes the first free number. Raises LocalError."""
+    def __init__(self, pattern: str = "p2pvpn%d", flags: int = 0) -> None:
+        """Make a device; `%d` in the pattern becomes the first free number. Raises LocalError. `flags` are added to
+        those of TUNSETIFF."""
         try:
             self.fd = os.open(DEVICE, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
             raise LocalError(f"{DEVICE}: {error.strerror}", hint="modprobe tun; run as root") from None
-        request = _IFREQ.pack(pattern.encode(), _IFF_TUN | _IFF_NO_PI)
+        request = _IFREQ.pack(pattern.encode(), _IFF_TUN | _IFF_NO_PI | flags)
         try:
             answer = fcntl.ioctl(self.fd, _TUNSETIFF, request)
         except OSError as error:
@@ -55,7 +56,7 @@ class Tun:
         except BlockingIOError:
             return None
         except OSError as error:
-            if error.errno in (errno.EBADFD, errno.EIO):  # the device is being removed
+            if self.is_removed(error):
                 return None
             raise
 
@@ -66,6 +67,11 @@ class Tun:
         except OSError:
             return False
         return True
+
+    @staticmethod
+    def is_removed(error: OSError) -> bool:
+        """Whether an error of reading says that the device is being removed."""
+        return error.errno in (errno.EBADFD, errno.EIO)
 
     @property
     def is_gone(self) -> bool:

@@ -5,8 +5,8 @@
                               ^
     daemon <==== commands, answers, trapped packets (SOCK_SEQPACKET) ====> control
 
-It is started as `python -m p2pvpn.host.worker CONTROL ESP ..` with inherited descriptors, and imports no asyncio: that
-costs 5 to 20 times the throughput. Rules:
+This is the loop that takes one packet after the other; `batch_worker` is the fast one, where numpy is installed and the
+kernel has the offloads. Neither imports asyncio: that costs 5 to 20 times the throughput. Rules:
 
 * Commands are executed in order. On an unknown SPI, or a packet that no SA covers, what waits on the control channel is
   taken first and the packet tried once more: the daemon may have answered an IKE request a moment ago, and the peer's
@@ -17,21 +17,17 @@ costs 5 to 20 times the throughput. Rules:
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import functools
-import os
 import select
-import signal
 import socket
-import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
 
+from p2pvpn.core.address import Endpoint
 from p2pvpn.core.errors import LocalError
-from p2pvpn.esp.engine import EspEngine, Reason, Refused, Sealed, TooBig, Trapped
+from p2pvpn.esp.engine import Delivered, EspEngine, Reason, Refused, Sealed, TooBig, Trapped
 
 from .sender import Sender
 from .tun import Tun
@@ -49,8 +45,6 @@ from .worker_messages import (
 
 BATCH = 64
 """Packets taken from one descriptor before the others get their turn."""
-
-_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4
 
 
 class Worker:
@@ -91,26 +85,30 @@ class Worker:
 
     def _on_tun(self, fd: int) -> None:
         network, tun = self._tuns[fd]
-        outbound, read, put = self._engine.outbound, tun.read, self._sender.put
+        outbound, read = self._outbound, tun.read
         now = time.monotonic()
         for _ in range(BATCH):
             packet = read()
-            if packet is None:
+            if packet is None or not outbound(network, tun, packet, now):
                 break
-            result = outbound(network, packet, now)
-            if isinstance(result, Sealed):
-                path, datagram, traffic_class, more = result
-                put(path, datagram, traffic_class)
-                for datagram in more:
-                    put(path, datagram, traffic_class)
-            elif isinstance(result, Trapped):
-                self._drain_control()
-                if self._networks.get(network) is not tun:
-                    break
-                self._second_try(network, tun, packet, now)
-            elif isinstance(result, TooBig) and not tun.write(result.reply):
-                self._lost["device refused"] += 1
         self._sender.flush()
+
+    def _outbound(self, network: str, tun: Tun, packet: bytes, now: float) -> bool:
+        """A packet of the device. False when the device went away with the commands that were executed meanwhile."""
+        result = self._engine.outbound(network, packet, now)
+        if isinstance(result, Sealed):
+            path, datagram, traffic_class, more = result
+            self._sender.put(path, datagram, traffic_class)
+            for datagram in more:
+                self._sender.put(path, datagram, traffic_class)
+        elif isinstance(result, Trapped):
+            self._drain_control()
+            if self._networks.get(network) is not tun:
+                return False
+            self._second_try(network, tun, packet, now)
+        elif isinstance(result, TooBig) and not tun.write(result.reply):
+            self._lost["device refused"] += 1
+        return True
 
     def _second_try(self, network: str, tun: Tun, packet: bytes, now: float) -> None:
         """A packet that no SA covered, after the commands that waited were executed."""
@@ -145,22 +143,34 @@ class Worker:
 
     def _take(self, source: tuple[str, int], data: bytes, now: float, ecn: int) -> None:
         """One datagram of the wire."""
+        delivered = self._open(source, data, now, ecn)
+        if delivered is not None:
+            self._give(delivered)
+
+    def _open(self, source: tuple[str, int], data: bytes, now: float, ecn: int) -> Delivered | None:
+        """What a datagram holds for a network."""
         result = self._engine.inbound(source, data, now, ecn)
         if isinstance(result, Refused):
             if result.reason is not Reason.UNKNOWN_SPI:
-                return
+                return None
             self._drain_control()
             result = self._engine.inbound(source, data, now, ecn)
             if isinstance(result, Refused):
                 if result.reason is Reason.UNKNOWN_SPI:
                     self._engine.drops[Reason.UNKNOWN_SPI] += 1
-                return
-        network, child_id, packet, moved = result
+                return None
+        return result
+
+    def _give(self, delivered: Delivered) -> None:
+        network, child_id, packet, moved = delivered
         tun = self._networks.get(network)
         if tun is None or not tun.write(packet):
             self._lost["device refused"] += 1
         if moved is not None:
-            self._tell([0, MOVED, child_id, moved.host, moved.port])
+            self._tell_moved(child_id, moved)
+
+    def _tell_moved(self, child_id: int, source: Endpoint) -> None:
+        self._tell([0, MOVED, child_id, source.host, source.port])
 
     def _transmit(self, sealed: Sealed) -> None:
         self._sender.put(sealed.path, sealed.datagram, sealed.traffic_class)
@@ -249,11 +259,14 @@ class Worker:
     def _open_network(self, network: str) -> str:
         if network in self._networks:
             raise LocalError(f"the network {network!r} has a device already")
-        tun: Tun = Tun()
+        tun = self._new_tun()
         self._networks[network] = tun
         self._tuns[tun.fd] = (network, tun)
         self._epoll.register(tun.fd, select.EPOLLIN)
         return tun.name
+
+    def _new_tun(self) -> Tun:
+        return Tun()
 
     def _close_network(self, network: str) -> None:
         self._engine.remove_network(network)
@@ -276,25 +289,3 @@ class Worker:
             elif isinstance(result, Trapped):
                 self._lost["injected too early"] += 1
         self._sender.flush()
-
-
-def _die_with_parent(parent: int) -> None:
-    """Be killed when the daemon's main thread ends, and leave no core dump with keys in it."""
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
-    if prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0 or prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl")
-    if os.getppid() != parent:
-        raise SystemExit(0)
-
-
-def main(arguments: list[str]) -> None:
-    """Arguments: the daemon's pid, the control descriptor, the ESP descriptors."""
-    parent, control, *esp = map(int, arguments)
-    _die_with_parent(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's interrupt is for the daemon, which ends us
-    with contextlib.suppress(KeyboardInterrupt):
-        Worker(socket.socket(fileno=control), [socket.socket(fileno=fd) for fd in esp]).run()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
