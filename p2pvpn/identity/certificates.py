@@ -147,6 +147,9 @@ def parse_untrusted(der: bytes) -> Certificate:
 def _parse(cert: x509.Certificate, der: bytes) -> Certificate:
     if cert.version is not x509.Version.v3 or cert.serial_number <= 0:
         raise WireError("not a version 3 certificate with a positive serial number")
+    # The last element is the signature's BIT STRING, whose first octet counts unused bits. X.690 section 8.6.2.
+    if der[-len(cert.signature) - 1] != 0:
+        raise WireError("a signature that does not end on an octet")
     if cert.signature_algorithm_oid != SignatureAlgorithmOID.ECDSA_WITH_SHA256:
         raise WireError("certificates of a network are signed with ECDSA and SHA-256")
     key = cert.public_key()
