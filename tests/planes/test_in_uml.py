@@ -11,7 +11,7 @@ import pytest
 from p2pvpn.lab import uml
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 420
+SECONDS = 900
 
 
 @pytest.mark.slow

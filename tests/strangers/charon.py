@@ -77,9 +77,10 @@ def block(name: str, settings: dict[str, object], indent: int = 0) -> str:
 
 
 class Charon:
-    """One daemon on `node`; its files are in `work`. `options` are lines of the `charon` section, key to value."""
+    """One daemon on `node`; its files are in `work`. Without `kernel-libipsec` in `plugins` the kernel does its ESP;
+    `options` are lines of the `charon` section, key to value."""
 
-    def __init__(self, node: Node, work: Path, **options: str) -> None:
+    def __init__(self, node: Node, work: Path, plugins: str = PLUGINS, **options: str) -> None:
         self.node = node
         self.work = work
         self.swanctl = work / "swanctl"
@@ -87,7 +88,7 @@ class Charon:
             (self.swanctl / folder).mkdir(parents=True)
         lines = "\n  ".join(f"{key} = {value}" for key, value in options.items())
         (work / "strongswan.conf").write_text(
-            _STRONGSWAN_CONF.format(plugins=PLUGINS, options=lines, work=work), encoding="ascii"
+            _STRONGSWAN_CONF.format(plugins=plugins, options=lines, work=work), encoding="ascii"
         )
         self._environment = {"STRONGSWAN_CONF": f"{work}/strongswan.conf", "SWANCTL_DIR": str(self.swanctl)}
         self._process: subprocess.Popen[str] | None = None

@@ -1,4 +1,4 @@
-"""Our side of a tunnel to a stranger with the product's own drivers: shared port, IKE driver and user plane.
+"""Our side of a tunnel to a stranger with the product's own drivers: shared port, IKE driver and plane.
 
 It runs in a forked process inside a host of the laboratory, so that test and gateway share keys and certificates.
 """
@@ -18,10 +18,10 @@ from p2pvpn.core.address import Endpoint, Path, any_local
 from p2pvpn.core.datagram import NON_ESP_MARKER, SPI_MARK, Kind, classify
 from p2pvpn.core.output import Output
 from p2pvpn.core.selector import Selector
+from p2pvpn.host import planes
 from p2pvpn.host.guard import Guard
 from p2pvpn.host.netlink import Netlink
 from p2pvpn.host.underlay import Underlay
-from p2pvpn.host.user_plane import UserPlane
 from p2pvpn.ike.config import Credential, IkeSettings, Initiate
 from p2pvpn.ike.endpoint import IkeEndpoint
 from p2pvpn.ike.outputs import SaClosed, SaEstablished, SaFailed, SaMoved
@@ -31,13 +31,17 @@ from p2pvpn.mesh.ike_driver import IkeDriver
 PORT = 4500
 WAIT_S = 20.0
 MTU = 1400
+USER = planes.Choice("user")
 
 
 class Gateway:
     """One gateway on `node` with `inner` as its address on the tunnel; `initiate` makes it begin."""
 
-    def __init__(self, node: Node, credential: Credential, inner: str, routes: list[str]) -> None:
+    def __init__(
+        self, node: Node, credential: Credential, inner: str, routes: list[str], plane: planes.Choice = USER
+    ) -> None:
         self.node = node
+        self._plane = plane
         self._credential = credential
         self._inner = inner
         self._routes = routes
@@ -93,7 +97,7 @@ class Gateway:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         netlink = await Netlink.open()
         underlay = await Underlay.open(netlink, PORT)
-        plane = UserPlane(underlay.esp_sockets, netlink, Guard())
+        plane = planes.make(self._plane, underlay.esp_sockets, netlink, Guard())
         await plane.start()
         routes = [ipaddress.ip_network(route) for route in self._routes]
         await plane.open_network(self._credential.network, [ipaddress.ip_address(self._inner)], routes, MTU)
