@@ -1,6 +1,6 @@
 """What AUTH payloads sign, and how (RFC 7296 section 2.15, RFC 7427, RFC 8420, RFC 4754).
 
-    signed octets = own IKE_SA_INIT message | the other's nonce | prf(own SK_p, body of own ID payload)
+    signed octets = own IKE_SA_INIT message | the other's nonce | prf(own SK_p, body of own ID payload) [| IntAuth]
     method 14     = | length u8 | AlgorithmIdentifier, DER | signature ... |
     method 9, 10  = | r | s |                  P-256 with SHA-256, P-384 with SHA-384
     method 1      = PKCS #1 v1.5 with a SHA-2 hash
@@ -111,10 +111,15 @@ def peer_hashes(notify: Notify | None) -> frozenset[int]:
     return frozenset(int.from_bytes(data[at : at + 2], "big") for at in range(0, len(data) - 1, 2))
 
 
-def signed_octets(prf: Prf, own_message: bytes, other_nonce: bytes, sk_p: Secret, own_id: IkeId) -> bytes:
-    """What one side signs. `own_message` is its last IKE_SA_INIT message, as it was on the wire."""
+def signed_octets(
+    prf: Prf, own_message: bytes, other_nonce: bytes, sk_p: Secret, own_id: IkeId, *, int_auth: bytes = b""
+) -> bytes:
+    """What one side signs. `own_message` is its last IKE_SA_INIT message, as it was on the wire.
+
+    `int_auth` stands for the IKE_INTERMEDIATE exchanges, if there were any (RFC 9242 section 3.3.2).
+    """
     body = build_payload(IdInitiator(own_id.kind, own_id.data))
-    return own_message + other_nonce + prf(sk_p.reveal(), body)
+    return own_message + other_nonce + prf(sk_p.reveal(), body) + int_auth
 
 
 def id_payload(identity: IkeId, initiator: bool) -> IdInitiator | IdResponder:

@@ -28,11 +28,12 @@ _NEXT_PAYLOAD_AT = 16
 class Channel:
     """`fragmentation` is set when the peer can put fragments together, and then so do we."""
 
-    __slots__ = ("_pieces", "_protection", "_settings", "fragmentation")
+    __slots__ = ("_former", "_pieces", "_protection", "_settings", "fragmentation")
 
     def __init__(self, settings: IkeSettings) -> None:
         self._settings = settings
         self._protection: Protection | None = None
+        self._former: Protection | None = None
         self._pieces = {response: Reassembly(settings.message_bytes) for response in (False, True)}
         self.fragmentation = False
 
@@ -41,7 +42,8 @@ class Channel:
         return self._protection is not None
 
     def protect(self, keys: IkeKeys, initiator: bool) -> None:
-        """Everything from now on is under these keys."""
+        """Everything from now on is under these keys; only repetitions are still known by the former ones."""
+        self._former = self._protection
         self._protection = Protection(keys, initiator)
 
     def pack(self, header: Header, payloads: Sequence[Payload]) -> tuple[bytes, ...]:
@@ -50,7 +52,8 @@ class Channel:
         if protection is None:
             return (build_clear(header, payloads),)
         first, chain = build_chain(payloads)
-        pieces = split(chain, self._settings.fragment_bytes - NON_ESP_MARKER_BYTES) if self.fragmentation else []
+        room = self._settings.fragment_bytes - NON_ESP_MARKER_BYTES - protection.fragment_overhead_bytes
+        pieces = split(chain, room) if self.fragmentation else []
         if len(pieces) < 2:
             return (protection.seal(header, first, chain),)
         return tuple(
@@ -73,15 +76,18 @@ class Channel:
 
     def is_repeated(self, data: bytes) -> bool:
         """Whether a request that was answered before is the peer's, and the fragment that counts (RFC 7383 2.6.1)."""
-        assert self._protection is not None
-        try:
-            return self._protection.open_untrusted(data).number == 1
-        except (WireError, TrustError):
-            return False
+        for protection in (self._protection, self._former):
+            if protection is None:
+                continue
+            try:
+                return protection.open_untrusted(data).number == 1
+            except (WireError, TrustError):
+                continue
+        return False
 
     def read_untrusted(self, path: Path, header: Header, opened: Opened) -> Received:
         """The message in a plaintext, legal by the rules. Raises WireError."""
-        message = Message(header, parse_chain_untrusted(opened.first, opened.plain), opened.plain)
+        message = Message(header, parse_chain_untrusted(opened.first, opened.plain), opened.plain, opened.first)
         check_untrusted(message)
         return Received(message, path)
 

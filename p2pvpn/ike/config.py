@@ -11,12 +11,14 @@ from p2pvpn.core.child import EspSuite
 from p2pvpn.core.ports import Entropy
 from p2pvpn.core.secret import Secret
 from p2pvpn.core.selector import Selector
+from p2pvpn.crypto.cbc import CbcSuite
 from p2pvpn.crypto.kex import KexMethod
 from p2pvpn.crypto.prf import Prf
 from p2pvpn.crypto.signatures import PublicKey, Scheme
 
 from .codes import IdKind
 from .notifies import Notify
+from .proposals import IkeCipher
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,13 +118,38 @@ def _never(_endpoint: Endpoint) -> bool:
 class IkeSettings:
     """What is negotiated, and every limit and interval with its reason. Times are seconds, sizes bytes."""
 
-    ciphers: tuple[EspSuite, ...] = (EspSuite.AES_GCM_16_256, EspSuite.AES_GCM_16_128, EspSuite.CHACHA20_POLY1305)
-    prfs: tuple[Prf, ...] = (Prf.HMAC_SHA2_256, Prf.HMAC_SHA2_384, Prf.HMAC_SHA2_512)
-    kexes: tuple[KexMethod, ...] = (KexMethod.CURVE25519, KexMethod.ECP_256, KexMethod.ECP_384)
-    """The first is the one whose public value goes into the first IKE_SA_INIT."""
+    ciphers: tuple[IkeCipher, ...] = (
+        EspSuite.AES_GCM_16_256,
+        EspSuite.AES_GCM_16_128,
+        EspSuite.CHACHA20_POLY1305,
+        *CbcSuite,
+    )
+    prfs: tuple[Prf, ...] = (Prf.HMAC_SHA2_384, Prf.HMAC_SHA2_256, Prf.HMAC_SHA2_512)
+    kexes: tuple[KexMethod, ...] = (
+        KexMethod.CURVE25519,
+        KexMethod.ECP_256,
+        KexMethod.ECP_384,
+        KexMethod.ECP_521,
+        KexMethod.MODP_3072,
+        KexMethod.MODP_2048,
+        KexMethod.MODP_4096,
+    )
+    """The first is the one whose public value goes into the first IKE_SA_INIT; the last three are for old clients."""
+    additional_kexes: tuple[tuple[KexMethod, ...], ...] = ((KexMethod.ML_KEM_768,),)
+    """Key exchanges after the first, offered when an IKE SA is made or rekeyed, each with its alternatives (RFC 9370).
+
+    A peer that does not know them gets an SA without. Empty for never.
+    """
+    additional_required: bool = False
+    """No IKE SA without an additional key exchange."""
+    child_kexes: tuple[KexMethod, ...] = (KexMethod.CURVE25519, KexMethod.ECP_256, KexMethod.ECP_384)
+    """For fresh keys of Child SAs after the first; a peer may do without."""
+    child_additional_kexes: tuple[tuple[KexMethod, ...], ...] = ()
     esp_suites: tuple[EspSuite, ...] = (EspSuite.AES_GCM_16_256, EspSuite.AES_GCM_16_128, EspSuite.CHACHA20_POLY1305)
     esn: bool = True
     """Offer extended sequence numbers, and take them when they are offered."""
+    children_max: int = 16
+    """Child SAs of one IKE SA; twice as many while they are being replaced."""
 
     retry_s: float = 0.5
     """Before the first retransmission: well above any round trip that is worth using."""
@@ -141,6 +168,10 @@ class IkeSettings:
     """How long the true answer is waited for after an unprotected error in answer to IKE_SA_INIT."""
     half_open_s: float = 30.0
     """From IKE_SA_INIT to the end of IKE_AUTH, for the responder."""
+    child_linger_s: float = 5.0
+    """How long a replaced Child SA still receives what is in flight."""
+    later_s: float = 5.0
+    """Before something is asked again that the peer could not do just then (RFC 7296 section 2.25)."""
     linger_s: float = 10.0
     """How long an ended SA answers retransmissions of the last request; covers the peer's first five tries."""
     liveness_s: float | None = 30.0
@@ -172,11 +203,18 @@ class IkeSettings:
     routable: Callable[[Endpoint], bool] = field(default=_never)
     """Whether an address is known to be the peer's (ICE consent); then MOBIKE needs no COOKIE2 exchange."""
 
+    @property
+    def known_additional(self) -> tuple[KexMethod, ...]:
+        """Methods that we take as an additional key exchange, the best first."""
+        ours = (one for methods in (*self.additional_kexes, *self.child_additional_kexes) for one in methods)
+        kems = (one for one in KexMethod if one.is_kem)
+        return tuple(dict.fromkeys([*ours, *kems])) if self.additional_kexes else ()
+
 
 class Local:
-    """What all SAs of an endpoint share."""
+    """What all SAs of an endpoint share. `fresh_spi` and `next_sa_id` number IKE SAs."""
 
-    __slots__ = ("allocate_spi", "credentials", "entropy", "next_child_id", "settings")
+    __slots__ = ("allocate_spi", "credentials", "entropy", "fresh_spi", "next_child_id", "next_sa_id", "settings")
 
     def __init__(
         self,
@@ -184,9 +222,14 @@ class Local:
         entropy: Entropy,
         next_child_id: Callable[[], int],
         allocate_spi: Callable[[], int],
+        *,
+        fresh_spi: Callable[[], bytes],
+        next_sa_id: Callable[[], int],
     ) -> None:
         self.settings = settings
         self.entropy = entropy
         self.next_child_id = next_child_id
         self.allocate_spi = allocate_spi
+        self.fresh_spi = fresh_spi
+        self.next_sa_id = next_sa_id
         self.credentials: tuple[Credential, ...] = ()

@@ -20,6 +20,7 @@ from p2pvpn.core.limits import SourceLimiter, TokenBucket
 from p2pvpn.core.output import Output, Transmit
 from p2pvpn.core.ports import Entropy
 from p2pvpn.core.secret import Secret
+from p2pvpn.core.selector import Selector
 
 from .codes import Exchange, PayloadType
 from .config import Credential, IkeSettings, Initiate, Local, RemoteIdentity
@@ -60,6 +61,7 @@ class SaView:
     spi_i: bytes
     spi_r: bytes
     initiator: bool
+    """Whether we began; for an SA that was rekeyed, whether we began the first one."""
     path: Path
     state: str
     network: str | None
@@ -85,12 +87,14 @@ class IkeEndpoint:
         next_child_id: Callable[[], int],
         allocate_spi: Callable[[], int],
     ) -> None:
-        self._local = Local(settings, entropy, next_child_id, allocate_spi)
+        self._local = Local(
+            settings, entropy, next_child_id, allocate_spi, fresh_spi=self._fresh_spi, next_sa_id=self._next_id
+        )
         self._last_id = 0
         self._by_id: dict[int, IkeSa] = {}
         self._by_spi: dict[bytes, IkeSa] = {}
-        self._inits: dict[tuple[Endpoint, bytes], int] = {}
-        self._init_of: dict[int, tuple[Endpoint, bytes]] = {}
+        self._inits: dict[tuple[Endpoint, bytes], IkeSa] = {}
+        self._init_of: dict[bytes, tuple[Endpoint, bytes]] = {}
         self._half_open: Counter[str] = Counter()
         self._source_of: dict[int, str] = {}
         self._deadlines: list[tuple[float, int]] = []
@@ -135,6 +139,24 @@ class IkeEndpoint:
         """Use this path from now on without asking: for a NAT's new port in front of a peer without MOBIKE."""
         return self._with(sa_id, now, lambda sa: sa.adopt(path, now))
 
+    def rekey(self, sa_id: int, now: float) -> list[Output]:
+        """Fresh keys for the IKE SA: SaRekeyed or RekeyFailed. Its local id and Child SAs stay; `export` changes."""
+        return self._with(sa_id, now, lambda sa: sa.rekey(now))
+
+    def rekey_child(self, sa_id: int, child_id: int, now: float) -> list[Output]:
+        """A replacement for a Child SA: ChildRekeyed, ChildFailed, or ChildClosed when the peer does not know it."""
+        return self._with(sa_id, now, lambda sa: sa.rekey_child(child_id, now))
+
+    def add_child(
+        self, sa_id: int, local: tuple[Selector, ...], remote: tuple[Selector, ...], now: float
+    ) -> list[Output]:
+        """One more Child SA: ChildAdded or ChildFailed. Raises LocalError like `inform`."""
+        return self._with(sa_id, now, lambda sa: sa.add_child(local, remote, now))
+
+    def close_child(self, sa_id: int, child_id: int, now: float) -> list[Output]:
+        """DELETE of one Child SA: RemoveChild some time after the peer has answered."""
+        return self._with(sa_id, now, lambda sa: sa.close_child(child_id, now))
+
     def inform(self, sa_id: int, notifies: Sequence[Notify], now: float) -> list[Output]:
         """An INFORMATIONAL with these. Raises LocalError when too many wait, or the SA is not established."""
         return self._with(sa_id, now, lambda sa: sa.inform(tuple(notifies), now))
@@ -170,16 +192,15 @@ class IkeEndpoint:
         sa = self._by_id.get(sa_id)
         if sa is None:
             return None
-        suite = f"{sa.keys.cipher.name}/{sa.keys.prf.name}" if sa.keys is not None else ""
         return SaView(
             id=sa.id,
             spi_i=sa.spi_i,
             spi_r=sa.spi_r,
-            initiator=sa.initiator,
+            initiator=sa.dialled,
             path=sa.path,
             state=sa.state.name,
             network=sa.credential.network if sa.credential is not None else None,
-            suite=suite,
+            suite="" if sa.suite is None else str(sa.suite),
             established_at=sa.established_at,
             remote=sa.remote if sa.established_at is not None else None,
             child_ids=tuple(sa.children),
@@ -189,7 +210,8 @@ class IkeEndpoint:
         )
 
     def sa_ids(self) -> list[int]:
-        return list(self._by_id)
+        """Those that mean something to the engine; an SA that was rekeyed lives on for a moment without."""
+        return [sa.id for sa in self._by_id.values() if not sa.silent]
 
     # Datagrams and time
 
@@ -249,9 +271,8 @@ class IkeEndpoint:
         key = (path.remote, hashlib.sha256(data).digest())
         known = self._inits.get(key)
         if known is not None:
-            sa = self._by_id[known]
-            sa.repeat_init(path, now)
-            return self._collect(sa, now)
+            known.repeat_init(path, now)
+            return self._collect(known, now)
         source = _source(path.remote)
         crowd, here = len(self._source_of), self._half_open[source]
         if not self._local.credentials or len(self._by_id) >= settings.sa_max:
@@ -301,8 +322,8 @@ class IkeEndpoint:
         header = message.header
         sa = IkeSa(self._local, self._next_id(), path, initiator=False, spi_i=header.spi_i, spi_r=self._fresh_spi())
         sa.answer_init(init.answer(sa, Received(message, path, data), choice), path, now)
-        self._inits[key] = sa.id
-        self._init_of[sa.id] = key
+        self._inits[key] = sa
+        self._init_of[sa.local_spi] = key
         self._source_of[sa.id] = _source(path.remote)
         self._half_open[self._source_of[sa.id]] += 1
         self._add(sa)
@@ -350,14 +371,20 @@ class IkeEndpoint:
         return self._collect(sa, now)
 
     def _collect(self, sa: IkeSa, now: float) -> list[Output]:
-        """The SA's outputs; the tables follow what became of it."""
-        if sa.state is State.CLOSED:
-            self._forget(sa)
-        else:
-            self._schedule(sa)
+        """The outputs of the SA and of its kin; the tables follow what became of them."""
         if not sa.is_half_open or sa.state is State.CLOSED:
             self._leave_half_open(sa)
-        return [one for one in sa.drain() if not isinstance(one, Refused) or self._refusals.take(now)]
+        out: list[Output] = []
+        family = [sa, *sa.kin]
+        for one in family:
+            out += one.drain()
+            self._add(one)
+        for one in family:
+            if one.state is State.CLOSED:
+                self._forget(one)
+            else:
+                self._schedule(one)
+        return [one for one in out if not isinstance(one, Refused) or self._refusals.take(now)]
 
     def _leave_half_open(self, sa: IkeSa) -> None:
         source = self._source_of.pop(sa.id, None)
@@ -370,9 +397,12 @@ class IkeEndpoint:
         self._by_id.pop(sa.id, None)
         self._by_spi.pop(sa.local_spi, None)
         self._scheduled.pop(sa.id, None)
-        key = self._init_of.pop(sa.id, None)
+        key = self._init_of.pop(sa.local_spi, None)
         if key is not None:
             del self._inits[key]
+        for one in sa.kin:
+            one.kin.remove(sa)
+        sa.kin = []
 
 
 def _source(endpoint: Endpoint) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from p2pvpn.core.errors import WireError
 
-from .protect import FRAGMENT_OVERHEAD_BYTES, Opened
+from .protect import Opened
 
 MAX_FRAGMENTS = 64
 """Windows sends up to 29; 64 hold every message below the byte limit even at 576-byte datagrams."""
@@ -16,9 +16,9 @@ MIN_PIECE_BYTES = 64
 """Keeps a mistaken fragment size from making thousands of pieces."""
 
 
-def split(chain: bytes, datagram_bytes: int) -> list[bytes]:
-    """The chain in pieces whose messages have at most `datagram_bytes` bytes."""
-    size = max(MIN_PIECE_BYTES, datagram_bytes - FRAGMENT_OVERHEAD_BYTES)
+def split(chain: bytes, piece_bytes: int) -> list[bytes]:
+    """The chain in pieces of at most that size."""
+    size = max(MIN_PIECE_BYTES, piece_bytes)
     return [chain[at : at + size] for at in range(0, len(chain), size)]
 
 

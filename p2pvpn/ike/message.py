@@ -72,11 +72,15 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """A header and the payloads in order. `inner` is the plaintext chain of a protected message, else empty."""
+    """A header and the payloads in order.
+
+    `inner` is the plaintext chain of a protected message, else empty, and `inner_first` the type of its first payload.
+    """
 
     header: Header
     payloads: tuple[Payload, ...]
     inner: bytes = b""
+    inner_first: int = PayloadType.NONE
 
     def first(self, cls: type[P]) -> P | None:
         """The first payload of a class, or None."""

@@ -15,7 +15,7 @@ FIRST_PRIVATE_STATUS_TYPE = 40960
 
 
 class NotifyType(IntEnum):
-    """Those that we send or act on (IANA registry of RFC 7296; MOBIKE ones from RFC 4555)."""
+    """Those that we send or act on (IANA registry of RFC 7296)."""
 
     UNSUPPORTED_CRITICAL_PAYLOAD = 1
     INVALID_IKE_SPI = 4
@@ -34,6 +34,7 @@ class NotifyType(IntEnum):
     UNEXPECTED_NAT_DETECTED = 41
     TEMPORARY_FAILURE = 43
     CHILD_SA_NOT_FOUND = 44
+    STATE_NOT_FOUND = 47
 
     INITIAL_CONTACT = 16384
     NAT_DETECTION_SOURCE_IP = 16388
@@ -47,9 +48,18 @@ class NotifyType(IntEnum):
     UPDATE_SA_ADDRESSES = 16400
     COOKIE2 = 16401
     NO_NATS_ALLOWED = 16402
+    REDIRECT_SUPPORTED = 16406
+    REDIRECT = 16407
+    REDIRECTED_FROM = 16408
     CHILDLESS_IKEV2_SUPPORTED = 16418
     IKEV2_FRAGMENTATION_SUPPORTED = 16430
     SIGNATURE_HASH_ALGORITHMS = 16431
+    USE_PPK = 16435
+    PPK_IDENTITY = 16436
+    NO_PPK_AUTH = 16437
+    INTERMEDIATE_EXCHANGE_SUPPORTED = 16438
+    ADDITIONAL_KEY_EXCHANGE = 16441
+    SUPPORTED_AUTH_METHODS = 16443
 
 
 CHILD_ERRORS = frozenset(
@@ -74,6 +84,17 @@ _CONSUMED = frozenset(
         NotifyType.CHILDLESS_IKEV2_SUPPORTED,
         NotifyType.IKEV2_FRAGMENTATION_SUPPORTED,
         NotifyType.SIGNATURE_HASH_ALGORITHMS,
+        NotifyType.REKEY_SA,
+        NotifyType.INITIAL_CONTACT,
+        NotifyType.REDIRECT_SUPPORTED,
+        NotifyType.REDIRECT,
+        NotifyType.REDIRECTED_FROM,
+        NotifyType.USE_PPK,
+        NotifyType.PPK_IDENTITY,
+        NotifyType.NO_PPK_AUTH,
+        NotifyType.INTERMEDIATE_EXCHANGE_SUPPORTED,
+        NotifyType.ADDITIONAL_KEY_EXCHANGE,
+        NotifyType.SUPPORTED_AUTH_METHODS,
     }
 )
 """Status notifications that the machine deals with itself."""

@@ -89,7 +89,7 @@ class Refused(Event):
 
 @dataclass(frozen=True, slots=True)
 class ChildFailed(Event):
-    """The IKE SA stands, but its Child SA was refused."""
+    """The IKE SA stands, but a Child SA (or its replacement) was refused."""
 
     sa: int
     reason: str
@@ -97,10 +97,48 @@ class ChildFailed(Event):
 
 @dataclass(frozen=True, slots=True)
 class ChildClosed(Event):
-    """The peer deleted one Child SA; the IKE SA stands."""
+    """The peer deleted one Child SA, or does not know it; the IKE SA stands."""
 
     sa: int
     child_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChildAdded(Event):
+    """One more Child SA, made by either side, is in use."""
+
+    sa: int
+    child_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChildRekeyed(Event):
+    """`new_id` has taken the place of `old_id`, which is removed when nothing can be in flight any more."""
+
+    sa: int
+    old_id: int
+    new_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class SaRekeyed(Event):
+    """The IKE SA has new keys and SPIs (initiator's, responder's). Its local id and its Child SAs stay.
+
+    What `export` gives is different from now on.
+    """
+
+    sa: int
+    old_spis: tuple[bytes, bytes]
+    new_spis: tuple[bytes, bytes]
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class RekeyFailed(Event):
+    """The peer does not want to rekey the IKE SA, which stands as it is."""
+
+    sa: int
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from p2pvpn.core.child import EspSuite
 from p2pvpn.core.errors import WireError
 from p2pvpn.core.wire import Reader
+from p2pvpn.crypto.cbc import CbcSuite
 from p2pvpn.crypto.kex import KexMethod
 from p2pvpn.crypto.prf import Prf
 
@@ -27,8 +28,15 @@ MAX_TRANSFORMS = 128
 """In one proposal; IANA's registries together hold fewer that make sense."""
 MORE_PROPOSALS = 2
 MORE_TRANSFORMS = 3
-NUMBERS_OF_NO_USE = frozenset({TransformType.INTEG, TransformType.KE})
-"""Transform types that a proposal with authenticated ciphers may carry as NONE."""
+ADDITIONAL = range(6, 13)
+"""Transform types ADDKE1 to ADDKE7 (RFC 9370 section 2.2.1)."""
+MAY_BE_NONE = frozenset({TransformType.INTEG, TransformType.KE, *ADDITIONAL})
+"""Transform types that a proposal may carry as NONE."""
+
+IkeCipher = EspSuite | CbcSuite
+"""What protects IKE messages."""
+Alternatives = Sequence[Sequence[KexMethod]]
+"""Per additional key exchange, the methods that will do, the best first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,25 +61,45 @@ class Proposal:
 
 @dataclass(frozen=True, slots=True)
 class IkeSuite:
-    """The algorithms of an IKE SA."""
+    """The algorithms of an IKE SA; `additional` key exchanges follow the first (RFC 9370)."""
 
-    cipher: EspSuite
+    cipher: IkeCipher
     prf: Prf
     kex: KexMethod
+    additional: tuple[KexMethod, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.cipher.name}/{self.prf.name}/{self.kex.name}"
+        return "/".join([self.cipher.name, self.prf.name, *(kex.name for kex in (self.kex, *self.additional))])
 
 
 @dataclass(frozen=True, slots=True)
 class ChildSuite:
-    """The algorithms of a Child SA."""
+    """The algorithms of a Child SA; `kex` is None when its keys come from those of the IKE SA alone."""
 
     cipher: EspSuite
     esn: bool
+    kex: KexMethod | None = None
+    additional: tuple[KexMethod, ...] = ()
 
     def __str__(self) -> str:
-        return self.cipher.name + ("/ESN" if self.esn else "")
+        names = [self.cipher.name] + (["ESN"] if self.esn else [])
+        return "/".join(names + [kex.name for kex in (self.kex, *self.additional) if kex is not None])
+
+
+@dataclass(frozen=True, slots=True)
+class Allowed:
+    """What we take: ciphers, PRFs and key exchange methods in order of preference, ESN.
+
+    `sent_group` is that of the peer's KE payload: it is taken when it is allowed, for that saves a round trip, unless
+    it is a slow one and there is something better.
+    """
+
+    ciphers: Sequence[IkeCipher]
+    prfs: Sequence[Prf] = ()
+    kexes: Sequence[KexMethod] = ()
+    additional: Sequence[KexMethod] = ()
+    esn: bool = True
+    sent_group: int = 0
 
 
 def parse_proposals_untrusted(data: bytes) -> tuple[Proposal, ...]:
@@ -153,120 +181,245 @@ def _build_transform(transform: Transform) -> bytes:
     return body
 
 
-def _ciphers(suites: Iterable[EspSuite]) -> list[Transform]:
-    return [Transform(TransformType.ENCR, suite.transform, suite.key_bits) for suite in suites]
+def _cipher(suite: IkeCipher) -> Transform:
+    return Transform(TransformType.ENCR, suite.transform, suite.key_bits)
 
 
-def offer_ike(ciphers: Iterable[EspSuite], prfs: Iterable[Prf], kexes: Iterable[KexMethod]) -> Proposal:
-    """One proposal with all combinations, each list in order of preference."""
-    transforms = _ciphers(ciphers)
+def _key_exchanges(kexes: Iterable[KexMethod], additional: Alternatives) -> list[Transform]:
+    out = [Transform(TransformType.KE, kex.transform) for kex in kexes]
+    for number, methods in zip(ADDITIONAL, additional, strict=False):
+        out += [Transform(number, kex.transform) for kex in methods]
+    return out
+
+
+def offer_ike(
+    ciphers: Iterable[IkeCipher],
+    prfs: Iterable[Prf],
+    kexes: Iterable[KexMethod],
+    additional: Alternatives = (),
+    *,
+    number: int = 1,
+    spi: bytes = b"",
+) -> Proposal:
+    """One proposal with all combinations, each list in order of preference; ciphers are all combined or all not."""
+    suites = list(ciphers)
+    transforms = list(dict.fromkeys(_cipher(suite) for suite in suites))
     transforms += [Transform(TransformType.PRF, prf.transform) for prf in prfs]
-    transforms += [Transform(TransformType.KE, kex.transform) for kex in kexes]
-    return Proposal(1, Protocol.IKE, b"", tuple(transforms))
+    integrity = dict.fromkeys(suite.integrity for suite in suites if isinstance(suite, CbcSuite))
+    transforms += [Transform(TransformType.INTEG, one) for one in integrity]
+    return Proposal(number, Protocol.IKE, spi, (*transforms, *_key_exchanges(kexes, additional)))
 
 
-def offer_child(ciphers: Iterable[EspSuite], esn: bool, spi: bytes) -> Proposal:
+def offers_ike(
+    ciphers: Sequence[IkeCipher],
+    prfs: Sequence[Prf],
+    kexes: Sequence[KexMethod],
+    additional: Alternatives,
+    spi: bytes = b"",
+    *,
+    required: bool = False,
+) -> tuple[Proposal, ...]:
+    """With the additional key exchanges first, then without, for those who do not know them; then ciphers with HMAC.
+
+    When they are `required`, with them or not at all.
+    """
+    combined = [suite for suite in ciphers if isinstance(suite, EspSuite)]
+    separate = [suite for suite in ciphers if isinstance(suite, CbcSuite)]
+    lists: list[tuple[Sequence[IkeCipher], Alternatives]] = []
+    for suites in (combined, separate):
+        for more in (additional, ()):
+            if suites and (more or not required) and not (suites is separate and combined and more):
+                lists.append((suites, more))
+    lists = list(dict.fromkeys((tuple(suites), tuple(map(tuple, more))) for suites, more in lists))
+    return tuple(
+        offer_ike(suites, prfs, kexes, more, number=number, spi=spi) for number, (suites, more) in enumerate(lists, 1)
+    )
+
+
+def offer_child(
+    ciphers: Iterable[EspSuite],
+    esn: bool,
+    spi: bytes,
+    kexes: Iterable[KexMethod] = (),
+    additional: Alternatives = (),
+    *,
+    number: int = 1,
+) -> Proposal:
     """One proposal; with `esn`, extended sequence numbers are offered first and plain ones second."""
-    transforms = _ciphers(ciphers)
+    transforms = [_cipher(suite) for suite in ciphers]
+    transforms += _key_exchanges(kexes, additional)
     transforms += [Transform(TransformType.ESN, value) for value in ((1, 0) if esn else (0,))]
-    return Proposal(1, Protocol.ESP, spi, tuple(transforms))
+    return Proposal(number, Protocol.ESP, spi, tuple(transforms))
+
+
+def offers_child(
+    ciphers: Sequence[EspSuite], esn: bool, spi: bytes, kexes: Sequence[KexMethod], additional: Alternatives
+) -> tuple[Proposal, ...]:
+    """With every key exchange first, then with the first of them alone, then with none."""
+    lists = [(kexes, additional)] * bool(kexes and additional) + [(kexes, ())] * bool(kexes) + [((), ())]
+    return tuple(
+        offer_child(ciphers, esn, spi, first, more, number=number) for number, (first, more) in enumerate(lists, 1)
+    )
 
 
 def choose_ike(
-    proposals: Iterable[Proposal],
-    ciphers: Sequence[EspSuite],
-    prfs: Sequence[Prf],
-    kexes: Sequence[KexMethod],
-    sent_group: int,
-) -> tuple[Proposal, IkeSuite] | None:
-    """The first proposal that we can satisfy: the answer to it and what it means. None when there is none.
+    proposals: Iterable[Proposal], allowed: Allowed, spi: bytes = b""
+) -> tuple[Proposal, Proposal, IkeSuite] | None:
+    """The first proposal that we can satisfy: it, the answer with our `spi`, and what it means. None: there is none.
 
-    `sent_group` is the group of the peer's KE payload: it is taken when it is allowed, for that saves a round trip.
+    The SPI is empty in IKE_SA_INIT and 8 bytes long in a rekeying (RFC 7296 section 3.3.1).
     """
-    ordered = sorted(kexes, key=lambda kex: kex.transform != sent_group)
+    known = {TransformType.ENCR, TransformType.PRF, TransformType.INTEG, TransformType.KE, *ADDITIONAL}
     for proposal in proposals:
-        if proposal.protocol != Protocol.IKE or proposal.spi:
+        if proposal.protocol != Protocol.IKE or len(proposal.spi) != len(spi) or not _types_within(proposal, known):
             continue
-        if not _types_within(proposal, {TransformType.ENCR, TransformType.PRF, TransformType.INTEG, TransformType.KE}):
+        cipher = _first_cipher(proposal, allowed.ciphers)
+        prf = next((one for one in allowed.prfs if _offers(proposal, TransformType.PRF, one.transform)), None)
+        kex = _first_kex(proposal, allowed)
+        more = _additional(proposal, kex, allowed.additional)
+        if cipher is None or prf is None or kex is None or more is None:
             continue
-        cipher = _first_cipher(proposal, ciphers)
-        prf = next((one for one in prfs if Transform(TransformType.PRF, one.transform) in proposal.transforms), None)
-        kex = next((one for one in ordered if Transform(TransformType.KE, one.transform) in proposal.transforms), None)
-        if cipher is None or prf is None or kex is None or not _absent_or_none(proposal, TransformType.INTEG):
-            continue
-        answer = offer_ike([cipher], [prf], [kex])
-        return Proposal(proposal.number, Protocol.IKE, b"", answer.transforms), IkeSuite(cipher, prf, kex)
+        transforms = offer_ike([cipher], [prf], [kex]).transforms + more
+        answer = Proposal(proposal.number, Protocol.IKE, spi, transforms)
+        return proposal, answer, IkeSuite(cipher, prf, kex, _methods(more))
     return None
 
 
 def choose_child(
-    proposals: Iterable[Proposal], ciphers: Sequence[EspSuite], esn: bool, spi: bytes
+    proposals: Iterable[Proposal], allowed: Allowed, spi: bytes, *, first: bool = True
 ) -> tuple[Proposal, Proposal, ChildSuite] | None:
     """The first ESP proposal that we can satisfy: it, the answer with our `spi`, and what it means.
 
-    ESN is chosen when it is offered and `esn` allows it. Key exchange transforms are passed over: IKE_AUTH has no KE
-    payload, and not every peer leaves them out (RFC 7296 section 1.2).
+    ESN is chosen when it is offered and allowed. In IKE_AUTH (`first`) key exchange transforms are passed over: there
+    is no KE payload, and not every peer leaves them out (RFC 7296 section 1.2).
     """
-    known = {TransformType.ENCR, TransformType.INTEG, TransformType.KE, TransformType.ESN}
+    known = {TransformType.ENCR, TransformType.INTEG, TransformType.KE, TransformType.ESN, *ADDITIONAL}
     for proposal in proposals:
         if proposal.protocol != Protocol.ESP or not _types_within(proposal, known):
             continue
-        cipher = _first_cipher(proposal, ciphers)
+        cipher = _first_cipher(proposal, allowed.ciphers)
         numbers = {transform.id for transform in proposal.of_type(TransformType.ESN)} or {0}
-        number = 1 if esn and 1 in numbers else 0
-        if cipher is None or number not in numbers or not _absent_or_none(proposal, TransformType.INTEG):
+        number = 1 if allowed.esn and 1 in numbers else 0
+        if not isinstance(cipher, EspSuite) or number not in numbers:
             continue
-        transforms = (*_ciphers([cipher]), Transform(TransformType.ESN, number))
-        return proposal, Proposal(proposal.number, Protocol.ESP, spi, transforms), ChildSuite(cipher, bool(number))
+        kex, more = (None, ()) if first else _child_exchanges(proposal, allowed)
+        if more is None:
+            continue
+        transforms = offer_child([cipher], False, b"", [kex] if kex else ()).transforms[:-1]
+        transforms = (*transforms, *more, Transform(TransformType.ESN, number))
+        suite = ChildSuite(cipher, bool(number), kex, _methods(more))
+        return proposal, Proposal(proposal.number, Protocol.ESP, spi, transforms), suite
     return None
 
 
+def _child_exchanges(proposal: Proposal, allowed: Allowed) -> tuple[KexMethod | None, tuple[Transform, ...] | None]:
+    """The key exchange of a Child SA (None for none), and the additional ones (None: the proposal does not fit)."""
+    kex = _first_kex(proposal, allowed)
+    if kex is None:
+        return None, () if _absent_or_none(proposal, TransformType.KE) else None
+    return kex, _additional(proposal, kex, allowed.additional)
+
+
 def chosen_ike_untrusted(
-    answer: Sequence[Proposal], offered: Proposal, ciphers: Sequence[EspSuite], prfs: Sequence[Prf], kex: KexMethod
-) -> IkeSuite:
-    """What the responder's answer means. Raises WireError unless it is one of the things we offered."""
-    proposal = _single_choice(answer, offered)
-    found = choose_ike([proposal], ciphers, prfs, [kex], kex.transform)
-    if found is None:
-        raise WireError("the responder chose what was not offered")
-    return found[1]
-
-
-def chosen_child_untrusted(
-    answer: Sequence[Proposal], offered: Proposal, ciphers: Sequence[EspSuite]
-) -> tuple[Proposal, ChildSuite]:
+    answer: Sequence[Proposal], offered: Sequence[Proposal], spi: bytes = b""
+) -> tuple[Proposal, IkeSuite]:
     """The responder's proposal and its meaning. Raises WireError unless it is one of the things we offered."""
     proposal = _single_choice(answer, offered)
-    found = choose_child([proposal], ciphers, True, b"")
+    found = choose_ike([proposal], _everything(EspSuite, CbcSuite), spi)
     if found is None:
         raise WireError("the responder chose what was not offered")
     return proposal, found[2]
 
 
-def _single_choice(answer: Sequence[Proposal], offered: Proposal) -> Proposal:
+def chosen_child_untrusted(
+    answer: Sequence[Proposal], offered: Sequence[Proposal], *, first: bool = True
+) -> tuple[Proposal, ChildSuite]:
+    """The responder's proposal and its meaning. Raises WireError unless it is one of the things we offered."""
+    proposal = _single_choice(answer, offered)
+    found = choose_child([proposal], _everything(EspSuite), b"", first=first)
+    if found is None:
+        raise WireError("the responder chose what was not offered")
+    return proposal, found[2]
+
+
+def _everything(*ciphers: type[EspSuite] | type[CbcSuite]) -> Allowed:
+    """All that exists: what is in an answer was checked against our offer already."""
+    methods = list(KexMethod)
+    return Allowed([suite for kind in ciphers for suite in kind], list(Prf), methods, methods)
+
+
+def _single_choice(answer: Sequence[Proposal], offered: Sequence[Proposal]) -> Proposal:
     """One proposal with our number, one transform of each type, all of them offered (RFC 7296 section 2.7)."""
     if len(answer) != 1:
         raise WireError("an answer has one proposal")
     proposal = answer[0]
-    if proposal.number != offered.number or proposal.protocol != offered.protocol:
+    ours = next((one for one in offered if one.number == proposal.number), None)
+    if ours is None or proposal.protocol != ours.protocol:
         raise WireError("the answer is to another proposal")
-    real = [one for one in proposal.transforms if not (one.type in NUMBERS_OF_NO_USE and one.id == NO_TRANSFORM)]
+    real = _real(proposal.transforms)
     kinds = [one.type for one in real]
-    if len(set(kinds)) != len(kinds) or not set(real) <= set(offered.transforms):
+    if len(set(kinds)) != len(kinds) or not set(real) <= set(ours.transforms):
         raise WireError("the responder chose what was not offered")
+    # Some leave out that sequence numbers are plain.
+    if {one.type for one in _real(ours.transforms)} - set(kinds) - {TransformType.ESN}:
+        raise WireError("the responder left something out")
     return proposal
 
 
-def _types_within(proposal: Proposal, known: set[TransformType]) -> bool:
+def _real(transforms: Iterable[Transform]) -> list[Transform]:
+    """Without NONE; an answer may leave out plain sequence numbers too."""
+    return [one for one in transforms if not (one.type in MAY_BE_NONE and one.id == NO_TRANSFORM)]
+
+
+def _types_within(proposal: Proposal, known: set[int]) -> bool:
     """A proposal with a transform type that we do not know is not for us (RFC 7296 section 3.3.6)."""
     return all(transform.type in known for transform in proposal.transforms)
 
 
-def _first_cipher(proposal: Proposal, ciphers: Sequence[EspSuite]) -> EspSuite | None:
-    wanted = set(proposal.of_type(TransformType.ENCR))
-    return next((suite for suite in ciphers if _ciphers([suite])[0] in wanted), None)
+def _offers(proposal: Proposal, kind: int, number: int) -> bool:
+    return Transform(kind, number) in proposal.transforms
 
 
-def _absent_or_none(proposal: Proposal, kind: TransformType) -> bool:
+def _first_cipher(proposal: Proposal, ciphers: Sequence[IkeCipher]) -> IkeCipher | None:
+    """With its integrity transform, which a combined cipher must not have (RFC 7296 section 3.3)."""
+    for suite in ciphers:
+        if _cipher(suite) not in proposal.transforms:
+            continue
+        if isinstance(suite, CbcSuite):
+            if _offers(proposal, TransformType.INTEG, suite.integrity):
+                return suite
+        elif _absent_or_none(proposal, TransformType.INTEG):
+            return suite
+    return None
+
+
+def _first_kex(proposal: Proposal, allowed: Allowed) -> KexMethod | None:
+    ordered = sorted(allowed.kexes, key=lambda kex: (kex.is_slow, kex.transform != allowed.sent_group))
+    return next((one for one in ordered if _offers(proposal, TransformType.KE, one.transform)), None)
+
+
+def _additional(
+    proposal: Proposal, kex: KexMethod | None, methods: Sequence[KexMethod]
+) -> tuple[Transform, ...] | None:
+    """One transform for each additional exchange that is offered, all different or NONE (RFC 9370 section 2.2.2)."""
+    used, out = [kex], list[Transform]()
+    for number in ADDITIONAL:
+        offered = {transform.id for transform in proposal.of_type(number)}
+        if not offered:
+            continue
+        found = next((one for one in methods if one.transform in offered and one not in used), None)
+        if found is None and NO_TRANSFORM not in offered:
+            return None
+        out.append(Transform(number, found.transform if found else NO_TRANSFORM))
+        used += [found] * bool(found)
+    return tuple(out)
+
+
+def _methods(transforms: Iterable[Transform]) -> tuple[KexMethod, ...]:
+    by_number = {kex.transform: kex for kex in KexMethod}
+    return tuple(by_number[one.id] for one in transforms if one.id != NO_TRANSFORM)
+
+
+def _absent_or_none(proposal: Proposal, kind: int) -> bool:
     found = {transform.id for transform in proposal.of_type(kind)}
     return not found or NO_TRANSFORM in found

@@ -1,11 +1,11 @@
 """Sealing and opening of protected messages (RFC 7296 section 3.14, RFC 5282, RFC 7383).
 
-    SK:    | header 28 | next u8 | 0 | length u16 |                              | IV 8 | ciphertext ... | ICV 16 |
-    SKF:   | header 28 | next u8 | 0 | length u16 | number u16 | total u16       | IV 8 | ciphertext ... | ICV 16 |
+    SK:    | header 28 | next u8 | 0 | length u16 |                              | IV | ciphertext ... | ICV |
+    SKF:   | header 28 | next u8 | 0 | length u16 | number u16 | total u16       | IV | ciphertext ... | ICV |
     plain: | chain, or a piece of one | padding ... | pad length u8 |
 
 Everything before the IV is authenticated too. An encrypted payload is the only one of its message; anything before or
-behind it is refused. The IV is a counter, so it never repeats under one key.
+behind it is refused. The IV comes from a counter, so it never repeats under one key.
 """
 
 from __future__ import annotations
@@ -13,19 +13,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from p2pvpn.core.errors import WireError
+from p2pvpn.core.secret import Secret
 from p2pvpn.core.wire import Reader
 from p2pvpn.crypto.aead import Aead
+from p2pvpn.crypto.cbc import BLOCK_BYTES, CbcHmac, CbcSuite
 
 from .codes import PayloadType
 from .keys import IkeKeys
 from .message import GENERIC_BYTES, HEADER_BYTES, Header, parse_header_untrusted
+from .proposals import IkeCipher
 
-IV_BYTES = 8
-ICV_BYTES = 16
 FRAGMENT_HEAD_BYTES = 4
 PAD_LENGTH_BYTES = 1
-FRAGMENT_OVERHEAD_BYTES = HEADER_BYTES + GENERIC_BYTES + FRAGMENT_HEAD_BYTES + IV_BYTES + PAD_LENGTH_BYTES + ICV_BYTES
-"""What a fragment is larger than the piece of the chain that it carries."""
+
+
+def fragment_overhead_bytes(cipher: IkeCipher) -> int:
+    """What a fragment is at most larger than the piece of the chain that it carries."""
+    padding = BLOCK_BYTES if isinstance(cipher, CbcSuite) else PAD_LENGTH_BYTES
+    return HEADER_BYTES + GENERIC_BYTES + FRAGMENT_HEAD_BYTES + cipher.iv_bytes + padding + cipher.icv_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,16 +43,36 @@ class Opened:
     total: int = 1
 
 
-class Protection:
-    """Both directions of SK_e of one IKE SA."""
+class _Combined(Aead):
+    """A combined cipher with the counter itself as IV."""
 
-    __slots__ = ("_inbound", "_next_iv", "_outbound")
+    __slots__ = ()
+
+    def iv(self, counter: int) -> bytes:
+        return counter.to_bytes(self.suite.iv_bytes, "big")
+
+
+def _direction(cipher: IkeCipher, key: Secret, integrity_key: Secret) -> _Combined | CbcHmac:
+    if isinstance(cipher, CbcSuite):
+        return CbcHmac(cipher, key.reveal(), integrity_key.reveal())
+    return _Combined(cipher, key.reveal())
+
+
+class Protection:
+    """Both directions of SK_e and SK_a of one IKE SA."""
+
+    __slots__ = ("_inbound", "_next_iv", "_outbound", "cipher")
 
     def __init__(self, keys: IkeKeys, initiator: bool) -> None:
-        ours, theirs = (keys.ei, keys.er) if initiator else (keys.er, keys.ei)
-        self._outbound = Aead(keys.cipher, ours.reveal())
-        self._inbound = Aead(keys.cipher, theirs.reveal())
+        forth = _direction(keys.cipher, keys.ei, keys.ai)
+        back = _direction(keys.cipher, keys.er, keys.ar)
+        self._outbound, self._inbound = (forth, back) if initiator else (back, forth)
         self._next_iv = 0
+        self.cipher = keys.cipher
+
+    @property
+    def fragment_overhead_bytes(self) -> int:
+        return fragment_overhead_bytes(self.cipher)
 
     def seal(self, header: Header, first: int, chain: bytes) -> bytes:
         """A whole message with one SK payload."""
@@ -59,12 +84,15 @@ class Protection:
         return self._seal(header, PayloadType.SKF, first if number == 1 else PayloadType.NONE, head, piece)
 
     def _seal(self, header: Header, kind: int, first: int, head: bytes, plain: bytes) -> bytes:
-        payload_bytes = GENERIC_BYTES + len(head) + IV_BYTES + len(plain) + PAD_LENGTH_BYTES + ICV_BYTES
+        cipher = self.cipher
+        padding = -(len(plain) + PAD_LENGTH_BYTES) % BLOCK_BYTES if isinstance(cipher, CbcSuite) else 0
+        plain += bytes(padding) + bytes([padding])
+        payload_bytes = GENERIC_BYTES + len(head) + cipher.iv_bytes + len(plain) + cipher.icv_bytes
         aad = header.build(kind, HEADER_BYTES + payload_bytes)
         aad += bytes([first, 0]) + payload_bytes.to_bytes(2, "big") + head
-        iv = self._next_iv.to_bytes(IV_BYTES, "big")
+        iv = self._outbound.iv(self._next_iv)
         self._next_iv += 1
-        return aad + iv + self._outbound.seal(iv, plain + b"\x00", aad)
+        return aad + iv + self._outbound.seal(iv, plain, aad)
 
     def open_untrusted(self, data: bytes) -> Opened:
         """Decrypts. Raises WireError when the form is wrong, TrustError when the integrity does not hold."""
@@ -80,7 +108,7 @@ class Protection:
         elif kind != PayloadType.SK:
             raise WireError("a message that should be encrypted is not")
         aad = data[: reader.position]
-        iv = reader.take(IV_BYTES)
+        iv = reader.take(self.cipher.iv_bytes)
         plain = self._inbound.open(iv, reader.rest(), aad)
         if not plain or plain[-1] >= len(plain):
             raise WireError("more padding than plaintext")

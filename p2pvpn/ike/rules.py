@@ -48,6 +48,16 @@ _AUTH_COMMON: Counts = {
     PayloadType.EAP: OPTIONAL,
     **_REMARKS,
 }
+_NEW_IKE: Counts = {PayloadType.SA: ONE, PayloadType.NONCE: ONE, PayloadType.KE: ONE, **_REMARKS}
+_NEW_CHILD: Counts = {
+    PayloadType.SA: ONE,
+    PayloadType.NONCE: ONE,
+    PayloadType.KE: OPTIONAL,
+    PayloadType.TSI: ONE,
+    PayloadType.TSR: ONE,
+    PayloadType.CP: OPTIONAL,
+    **_REMARKS,
+}
 _TRIPLE = frozenset({PayloadType.SA, PayloadType.TSI, PayloadType.TSR})
 
 RULES: dict[tuple[Exchange, bool], Rule] = {
@@ -83,20 +93,12 @@ RULES: dict[tuple[Exchange, bool], Rule] = {
     (Exchange.IKE_AUTH, True): Rule(
         True, ({PayloadType.IDR: ONE, PayloadType.AUTH: ONE, **_AUTH_COMMON}, _ERROR), _TRIPLE
     ),
-    (Exchange.CREATE_CHILD_SA, False): Rule(
-        True,
-        (
-            {
-                PayloadType.SA: ONE,
-                PayloadType.NONCE: ONE,
-                PayloadType.KE: OPTIONAL,
-                PayloadType.TSI: OPTIONAL,
-                PayloadType.TSR: OPTIONAL,
-                PayloadType.CP: OPTIONAL,
-                **_REMARKS,
-            },
-        ),
-    ),
+    (Exchange.IKE_INTERMEDIATE, False): Rule(True, ({PayloadType.KE: ONE, **_REMARKS},)),
+    (Exchange.IKE_INTERMEDIATE, True): Rule(True, ({PayloadType.KE: ONE, **_REMARKS}, _ERROR)),
+    (Exchange.CREATE_CHILD_SA, False): Rule(True, (_NEW_CHILD, _NEW_IKE)),
+    (Exchange.CREATE_CHILD_SA, True): Rule(True, (_NEW_CHILD, _NEW_IKE, _ERROR)),
+    (Exchange.IKE_FOLLOWUP_KE, False): Rule(True, ({PayloadType.KE: ONE, **_REMARKS},)),
+    (Exchange.IKE_FOLLOWUP_KE, True): Rule(True, ({PayloadType.KE: ONE, **_REMARKS}, _ERROR)),
     (Exchange.INFORMATIONAL, False): Rule(True, ({PayloadType.DELETE: ANY, PayloadType.CP: OPTIONAL, **_REMARKS},)),
     (Exchange.INFORMATIONAL, True): Rule(True, ({PayloadType.DELETE: ANY, PayloadType.CP: OPTIONAL, **_REMARKS},)),
 }

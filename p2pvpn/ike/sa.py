@@ -10,18 +10,21 @@ next in its window, and legal by the rules. Before that it is dropped without a 
 
 from __future__ import annotations
 
+import contextlib
 from enum import Enum
 
 from p2pvpn.core.address import Path
-from p2pvpn.core.child import ChildSa
 from p2pvpn.core.errors import LocalError, WireError
-from p2pvpn.core.output import Output, Transmit
+from p2pvpn.core.output import Event, Output, Transmit
 from p2pvpn.core.secret import Secret
+from p2pvpn.core.selector import Selector
 from p2pvpn.core.timers import TimerTable
 
 from .channel import Channel
-from .codes import Exchange
+from .children import Children
+from .codes import Exchange, Protocol
 from .config import Credential, Local, RemoteIdentity
+from .family import hand_over
 from .keys import IkeKeys
 from .message import CriticalPayloadError, Header, notifications
 from .notifies import Notify, NotifyType
@@ -36,13 +39,17 @@ from .outputs import (
     SaMoved,
     SendKeepalive,
 )
-from .payloads import Payload
+from .payloads import Delete, Payload
+from .proposals import IkeSuite
 from .protect import Opened
 from .rules import rule_for
 from .states import REQUESTS, State, Step, after
+from .tasks.create import CreateChild, close_child
+from .tasks.followup import Creation, Half
 from .tasks.inform import Inform, Probe, delete_request
 from .tasks.init import Handshake, PeerFeatures
 from .tasks.mobike import Move, begin_move, fail_move
+from .tasks.rekey import RekeyIke
 from .tasks.responders import RESPONDERS
 from .tasks.task import Received, Refusal, Reply, Task, Verdict
 from .window import Answers, Outstanding, Requests
@@ -53,6 +60,8 @@ class Timer(Enum):
     DOUBT = "an unprotected error came, and no true answer since"
     END = "a half-open, deleting or lingering SA is forgotten"
     LIVENESS = "nothing was heard of the peer for a while: it is probed"
+    CHILDREN = "a replaced Child SA has received for long enough"
+    LATER = "what the peer could not do before is asked again"
     KEEPALIVE = "the NAT in front of us is about to forget the mapping"
 
 
@@ -83,14 +92,26 @@ class IkeSa:
         self.peer = PeerFeatures()
         self.credential: Credential | None = None
         self.remote: RemoteIdentity | None = None
-        self.children: dict[int, ChildSa] = {}
+        self.suite: IkeSuite | None = None
+        self.children = Children()
         self.established_at: float | None = None
         self.moving: Move | None = None
+        self.dialled = initiator
+        """Whether we began the first IKE SA of the family; `initiator` is about this one (RFC 4555 section 2.1)."""
+        self.silent = False
+        """Tells the engine nothing: a successor that is not needed (yet), or an SA that has one."""
+        self.predecessor: IkeSa | None = None
+        self.heir: IkeSa | None = None
+        self.kin: list[IkeSa] = []
+        self.creating: Creation | None = None
+        self.half: Half | None = None
+        self.after_answer: IkeSa | None = None
         self.requests = Requests(local.settings.queue_max)
         self.answers = Answers()
         self._channel = Channel(local.settings)
         self._timers: TimerTable[Timer] = TimerTable()
         self._hinted: Path | None = None
+        self._later: list[Task] = []
         self._doubt = ""
         self._close_reason = ""
         self._out: list[Output] = []
@@ -105,6 +126,10 @@ class IkeSa:
     def is_half_open(self) -> bool:
         """A responder's SA that was never authenticated."""
         return not self.initiator and self.established_at is None
+
+    @property
+    def is_established(self) -> bool:
+        return self.state is State.ESTABLISHED
 
     def drain(self) -> list[Output]:
         """The outputs since the last call."""
@@ -146,7 +171,7 @@ class IkeSa:
 
     def move(self, path: Path, now: float) -> None:
         """MOBIKE to another path; original initiator only. To the path in use: our NAT maps us anew, say so."""
-        if self.state is not State.ESTABLISHED or not self.initiator or not self.peer.mobike:
+        if self.state is not State.ESTABLISHED or not self.dialled or not self.peer.mobike:
             self.emit(MoveFailed(self.id, path, "only the original initiator of an established MOBIKE SA moves it"))
             return
         begin_move(self, path, now)
@@ -185,7 +210,7 @@ class IkeSa:
             self._timers.clear(Timer.LIVENESS)
             self._set_farewell(now)
             self._pump(now)
-        elif self.state in (State.INIT_SENT, State.INIT_ANSWERED, State.AUTH_SENT):
+        elif self.established_at is None and self.state not in (State.DELETING, State.LINGERING):
             self.drop()
 
     def drop(self) -> None:
@@ -195,15 +220,44 @@ class IkeSa:
             self._remove_children()
             self._timers.clear_all()
 
+    def rekey(self, now: float) -> None:
+        """A successor with fresh keys, unless one is on its way."""
+        is_wanted = any(isinstance(one, RekeyIke) for one in (self.creating, *self._later))
+        if self.state is State.ESTABLISHED and not is_wanted and not self.requests.has(RekeyIke):
+            self.requests.add(RekeyIke())
+            self._pump(now)
+
+    def rekey_child(self, child_id: int, now: float) -> None:
+        """A replacement for a Child SA."""
+        child = self.children.get(child_id)
+        if self.state is State.ESTABLISHED and child is not None:
+            self.add_child(child.local, child.remote, now, child_id)
+
+    def add_child(
+        self, local: tuple[Selector, ...], remote: tuple[Selector, ...], now: float, replaces: int | None = None
+    ) -> None:
+        """One more Child SA. Raises LocalError when too many requests wait, or the SA is not established."""
+        if self.state is not State.ESTABLISHED:
+            raise LocalError("the SA is not established")
+        self.requests.add(CreateChild(local, remote, replaces))
+        self._pump(now)
+
+    def close_child(self, child_id: int, now: float) -> None:
+        """DELETE of one Child SA."""
+        if self.state is State.ESTABLISHED:
+            close_child(self, child_id)
+            self._pump(now)
+
     def heard(self, now: float) -> None:
         """The peer is known to be alive: the next probe is put off."""
-        if self.state is State.ESTABLISHED and self.local.settings.liveness_s is not None:
+        if self.state is State.ESTABLISHED and self.local.settings.liveness_s is not None and not self.silent:
             self._timers.set(Timer.LIVENESS, now + self.local.settings.liveness_s)
 
     # What tasks do
 
     def emit(self, output: Output) -> None:
-        self._out.append(output)
+        if not (self.silent and isinstance(output, Event)):
+            self._out.append(output)
 
     def advance(self, step: Step) -> None:
         """By the table of states. Raises LocalError when the step cannot be."""
@@ -212,11 +266,78 @@ class IkeSa:
     def key(self, handshake: Handshake) -> None:
         """SK_ keys are known; everything after IKE_SA_INIT is protected by them."""
         self.keys = handshake.keys
+        self.suite = handshake.suite
         self.handshake = handshake
         self._channel.fragmentation = self.peer.fragmentation
         if self.initiator:
             self._channel.protect(handshake.keys, self.initiator)
         self._timers.clear(Timer.DOUBT)
+
+    def come_of_age(self, parent: IkeSa, keys: IkeKeys, suite: IkeSuite) -> None:
+        """A successor: authenticated as its parent was, with keys of its own."""
+        self.state = State.ESTABLISHED
+        self.keys, self.suite = keys, suite
+        self.peer, self.credential, self.remote = parent.peer, parent.credential, parent.remote
+        self.dialled = parent.dialled
+        self._channel.fragmentation = parent.peer.fragmentation
+        self._channel.protect(keys, self.initiator)
+
+    def mix(self, keys: IkeKeys) -> None:
+        """One more key exchange is in the keys; everything from now on is protected by them."""
+        assert self.handshake is not None
+        self.keys = self.handshake.keys = keys
+        self._channel.protect(keys, self.initiator)
+
+    def later(self, task: Task, now: float) -> None:
+        """Ask again after a pause that is not the same every time."""
+        self._later.append(task)
+        if self._timers.at(Timer.LATER) is None:
+            pause_s = self.local.settings.later_s
+            self._timers.set(Timer.LATER, now + pause_s * (1 + self.local.entropy(1)[0] / 256))
+
+    def inherit_later(self, former: IkeSa, now: float) -> None:
+        """What the former SA had put off."""
+        for task in former._later:
+            if task.passes_on:
+                self.later(task, now)
+        former._later.clear()
+
+    def retire_child(self, child_id: int, now: float) -> None:
+        """It was replaced: it receives a little longer."""
+        for gone in self.children.retire(child_id, now + self.local.settings.child_linger_s):
+            self.emit(RemoveChild(self.id, gone))
+        self._watch_children()
+
+    def _watch_children(self) -> None:
+        at = self.children.next_deadline()
+        if at is not None:
+            self._timers.set(Timer.CHILDREN, at)
+
+    def expire(self, now: float) -> None:
+        """It has a successor, or is not needed: the peer will delete it, or it is forgotten."""
+        for timer in (Timer.LIVENESS, Timer.KEEPALIVE, Timer.CHILDREN, Timer.LATER):
+            self._timers.clear(timer)
+        if self.state is State.ESTABLISHED:
+            self._timers.set(Timer.END, now + 3 * self.local.settings.linger_s)
+
+    def live_on(self, now: float) -> None:
+        """It has taken its predecessor's place."""
+        self.heard(now)
+        self._set_keepalive(now)
+        self._watch_children()
+        self._pump(now)
+
+    def yield_to_successor(self, now: float) -> None:
+        """The peer deletes this SA: if it made a successor, that is the one; what it did not answer goes there too."""
+        if isinstance(self.creating, RekeyIke):
+            self.creating.dropped(self, now)
+            self.creating = None
+        waiting = self.requests.outstanding
+        if self.heir is None or waiting is None:
+            return
+        if isinstance(waiting.task, Inform) and not waiting.task.ends:
+            self.heir.requests.add_first(waiting.task)
+            self.heir.live_on(now)
 
     def establish(self, now: float) -> None:
         """IKE_AUTH is complete on both sides."""
@@ -241,6 +362,10 @@ class IkeSa:
         self._remove_children()
         self._timers.clear_all()
         self.requests.clear_queue()
+        self._later.clear()
+        for one in self.kin:
+            if one.predecessor is self:
+                one.drop()
         if self.state is State.LINGERING:
             self.requests.outstanding = None
             self._timers.set(Timer.END, now + self.local.settings.linger_s)
@@ -295,6 +420,12 @@ class IkeSa:
                 self.end(Step.REFUSED, self._doubt, now)
             elif timer is Timer.END:
                 self._time_is_up(now)
+            elif timer is Timer.CHILDREN:
+                for child_id in self.children.pop_due(now):
+                    self.emit(RemoveChild(self.id, child_id))
+                self._watch_children()
+            elif timer is Timer.LATER:
+                self._ask_again()
             elif timer is Timer.LIVENESS:
                 self.heard(now)
                 if self.requests.is_idle:
@@ -303,6 +434,12 @@ class IkeSa:
                 self.emit(SendKeepalive(self.path))
                 self._set_keepalive(now)
         self._pump(now)
+
+    def _ask_again(self) -> None:
+        waiting, self._later = self._later, []
+        for task in waiting:
+            with contextlib.suppress(LocalError):
+                self.requests.add(task)
 
     def _time_is_up(self, now: float) -> None:
         if self.state is State.LINGERING:
@@ -344,13 +481,17 @@ class IkeSa:
         """Begins the next request when the window is free."""
         if self.state in (State.LINGERING, State.CLOSED):
             return
-        task = self.requests.take()
-        if task is None:
+        while (task := self.requests.take()) is not None:
+            if not task.wanted(self):
+                continue
+            if not task.ready(self, now):
+                self.later(task, now)
+                continue
+            try:
+                self._ask(task, now)
+            except LocalError as problem:
+                self.end(Step.DROPPED, str(problem), now)
             return
-        try:
-            self._ask(task, now)
-        except LocalError as problem:
-            self.end(Step.DROPPED, str(problem), now)
 
     def _ask(self, task: Task, now: float) -> None:
         message_id = self.requests.next_id
@@ -410,19 +551,21 @@ class IkeSa:
         self._note(received, now)
         self.requests.answered(now)
         self.requests.outstanding = None
+        self.requests.next_id = waiting.message_id + 1
         try:
             verdict = waiting.task.answered(self, received, now)
         except WireError as problem:
             self._break(f"an answer that breaks the protocol: {problem}", now)
             return
-        if verdict is Verdict.IGNORED:
-            self.requests.outstanding = waiting
-        elif verdict is Verdict.AGAIN:
-            self._ask(waiting.task, now)
-        else:
-            self.requests.next_id = waiting.message_id + 1
+        if verdict is Verdict.DONE:
             if self.requests.outstanding is None:
                 self._timers.clear(Timer.RETRANSMIT)
+            return
+        self.requests.next_id = waiting.message_id
+        if verdict is Verdict.IGNORED:
+            self.requests.outstanding = waiting
+        else:
+            self._ask(waiting.task, now)
 
     def _read_answer(self, path: Path, header: Header, data: bytes) -> Received | None:
         """None when it is not authentic or not whole yet. Raises WireError when it is, and breaks the protocol."""
@@ -434,12 +577,15 @@ class IkeSa:
     def _break(self, reason: str, now: float) -> None:
         """An authenticated message that breaks the protocol ends the SA (RFC 7296 section 2.21)."""
         self.requests.outstanding = None
-        self.end(Step.REFUSED if self.state is State.AUTH_SENT else Step.BROKEN, reason, now)
+        fatal = Step.REFUSED if self.state in (State.MIXING_SENT, State.AUTH_SENT) else Step.BROKEN
+        self.end(fatal, reason, now)
 
     def _receive_request(self, path: Path, header: Header, data: bytes, now: float) -> None:
         if self.answers.is_last(header.exchange, header.message_id):
             if header.exchange != Exchange.IKE_SA_INIT:
-                self._transmit(path, self.answers.again(now, lambda: self._channel.is_repeated(data)))
+                again = self.answers.again(now, lambda: self._channel.is_repeated(data))
+                self._transmit(path, again)
+                self.children.answered_at = now if again else self.children.answered_at
             return
         rule = rule_for(header.exchange, False)
         if header.message_id != self.answers.expected_id or rule is None:
@@ -455,6 +601,8 @@ class IkeSa:
         reply, before = Reply(), len(self._out)
         try:
             received = self._channel.read_untrusted(path, header, opened)
+            self._be_believed(received, now)
+            self.children.unconfirmed.clear()
             reply = RESPONDERS[Exchange(header.exchange)](self, received, now)
             self._note(received, now)
         except Refusal as refusal:
@@ -474,13 +622,28 @@ class IkeSa:
         own = self._header(header.exchange, header.message_id, response=True)
         packets = self._channel.pack(own, reply.payloads)
         self.answers.store(header.exchange, packets)
+        self.children.answered_at = now
         self._transmit(path, packets)
         for output in reply.then:
             self.emit(output)
+        if reply.keys is not None:
+            self.mix(reply.keys)
+        successor = self.after_answer
+        if successor is not None:
+            self.after_answer = None
+            hand_over(self, successor, now)
         if reply.step is Step.AUTHENTICATED:
             self.establish(now)
         elif reply.step is not None:
             self.end(reply.step, reply.reason, now)
+
+    def _be_believed(self, received: Received, now: float) -> None:
+        """The peer uses a successor that it made while we were making one too: so that is the one that stays."""
+        old = self.predecessor
+        ends = any(one.protocol == Protocol.IKE for one in received.message.all(Delete))
+        if old is not None and not ends:
+            old.creating = None
+            hand_over(old, self, now)
 
     def _refuse(self, refusal: Refusal) -> Reply:
         step = Step.REFUSED if refusal.fatal else None
@@ -498,6 +661,5 @@ class IkeSa:
             self.emit(PeerPathHint(self.id, received.path))
 
     def _remove_children(self) -> None:
-        for child_id in self.children:
+        for child_id in self.children.take_all():
             self.emit(RemoveChild(self.id, child_id))
-        self.children.clear()

@@ -17,6 +17,8 @@ from .codes import Exchange
 class State(Enum):
     INIT_SENT = "our IKE_SA_INIT is on its way"
     INIT_ANSWERED = "the peer's IKE_SA_INIT was answered; nobody is authenticated yet"
+    MIXING_SENT = "keys are agreed and an additional key exchange is on its way"
+    MIXING_DUE = "the peer's IKE_SA_INIT was answered; additional key exchanges are due"
     AUTH_SENT = "keys are agreed and our IKE_AUTH is on its way"
     ESTABLISHED = "both sides are authenticated"
     DELETING = "our DELETE is on its way"
@@ -26,7 +28,8 @@ class State(Enum):
 
 class Step(Enum):
     RETRY = "the responder wants a cookie or another group"
-    KEYED = "IKE_SA_INIT is complete"
+    MIX = "IKE_SA_INIT is complete, additional key exchanges follow"
+    KEYED = "all key exchanges are complete"
     AUTHENTICATED = "IKE_AUTH is complete"
     REFUSED = "one side does not accept the other"
     UNTRUSTED = "the responder does not prove who it is"
@@ -41,6 +44,7 @@ class Step(Enum):
 TRANSITIONS: dict[tuple[State, Step], tuple[State, str]] = {
     (State.INIT_SENT, Step.RETRY): (State.INIT_SENT, "Message 0 goes out again, with the cookie or the other group."),
     (State.INIT_SENT, Step.KEYED): (State.AUTH_SENT, "The responder's key share gives the SK_ keys; IKE_AUTH follows."),
+    (State.INIT_SENT, Step.MIX): (State.MIXING_SENT, "IKE_INTERMEDIATE carries the next key exchange (RFC 9370)."),
     (State.INIT_SENT, Step.REFUSED): (State.CLOSED, "Only unprotected errors came until the grace time was over."),
     (State.INIT_SENT, Step.TIMED_OUT): (State.CLOSED, "No answer to the last retransmission."),
     (State.INIT_SENT, Step.DROPPED): (State.CLOSED, "The engine no longer wants it."),
@@ -52,6 +56,16 @@ TRANSITIONS: dict[tuple[State, Step], tuple[State, str]] = {
     (State.INIT_ANSWERED, Step.BROKEN): (State.LINGERING, "INVALID_SYNTAX is kept for its retransmissions."),
     (State.INIT_ANSWERED, Step.TIMED_OUT): (State.CLOSED, "IKE_AUTH did not come in time."),
     (State.INIT_ANSWERED, Step.DROPPED): (State.CLOSED, "Its place was needed."),
+    (State.MIXING_SENT, Step.KEYED): (State.AUTH_SENT, "The last key exchange is mixed in; IKE_AUTH follows."),
+    (State.MIXING_SENT, Step.REFUSED): (State.CLOSED, "The responder said, protected, that it cannot go on."),
+    (State.MIXING_SENT, Step.TIMED_OUT): (State.CLOSED, "No answer to the last retransmission."),
+    (State.MIXING_SENT, Step.DROPPED): (State.CLOSED, "The engine no longer wants it."),
+    (State.INIT_ANSWERED, Step.MIX): (State.MIXING_DUE, "The proposal has more key exchanges: IKE_AUTH has to wait."),
+    (State.MIXING_DUE, Step.KEYED): (State.INIT_ANSWERED, "The last one is answered: IKE_AUTH may come."),
+    (State.MIXING_DUE, Step.REFUSED): (State.LINGERING, "The refusal is kept for its retransmissions."),
+    (State.MIXING_DUE, Step.BROKEN): (State.LINGERING, "INVALID_SYNTAX is kept for its retransmissions."),
+    (State.MIXING_DUE, Step.TIMED_OUT): (State.CLOSED, "The next key exchange did not come in time."),
+    (State.MIXING_DUE, Step.DROPPED): (State.CLOSED, "Its place was needed."),
     (State.AUTH_SENT, Step.AUTHENTICATED): (State.ESTABLISHED, "The responder proved who it is."),
     (State.AUTH_SENT, Step.REFUSED): (State.CLOSED, "The responder said, protected, that it does not accept us."),
     (State.AUTH_SENT, Step.UNTRUSTED): (
@@ -77,9 +91,11 @@ TRANSITIONS: dict[tuple[State, Step], tuple[State, str]] = {
 REQUESTS: dict[State, frozenset[Exchange]] = {
     State.INIT_SENT: frozenset(),
     State.INIT_ANSWERED: frozenset({Exchange.IKE_AUTH}),
+    State.MIXING_SENT: frozenset(),
+    State.MIXING_DUE: frozenset({Exchange.IKE_INTERMEDIATE}),
     State.AUTH_SENT: frozenset(),
-    State.ESTABLISHED: frozenset({Exchange.CREATE_CHILD_SA, Exchange.INFORMATIONAL}),
-    State.DELETING: frozenset({Exchange.CREATE_CHILD_SA, Exchange.INFORMATIONAL}),
+    State.ESTABLISHED: frozenset({Exchange.CREATE_CHILD_SA, Exchange.IKE_FOLLOWUP_KE, Exchange.INFORMATIONAL}),
+    State.DELETING: frozenset({Exchange.CREATE_CHILD_SA, Exchange.IKE_FOLLOWUP_KE, Exchange.INFORMATIONAL}),
     State.LINGERING: frozenset(),
     State.CLOSED: frozenset(),
 }

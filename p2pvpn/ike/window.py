@@ -77,6 +77,12 @@ class Requests:
     def is_idle(self) -> bool:
         return self.outstanding is None and not self._queue
 
+    def inherit(self, former: Requests) -> None:
+        """The queue and the round trip of the SA that this one follows."""
+        self._queue.extend(task for task in former._queue if task.passes_on)
+        former._queue.clear()
+        self.rtt_s = former.rtt_s
+
     def clear_queue(self) -> None:
         self._queue.clear()
 

@@ -313,7 +313,7 @@ def test_a_view_tells_of_an_sa_and_nothing_of_its_keys():
     view = alice.ike.view(alice.sa)
     assert view.state == "ESTABLISHED"
     assert view.remote.subject == "bob"
-    assert view.suite == "AES_GCM_16_256/HMAC_SHA2_256"
+    assert view.suite == "AES_GCM_16_256/HMAC_SHA2_384/CURVE25519"
     assert view.child_ids == tuple(alice.installed)
     assert view.mobike
     assert alice.ike.view(99) is None

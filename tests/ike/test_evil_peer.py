@@ -63,16 +63,54 @@ ESP_OFFER = SecurityAssociation((Proposal(1, 3, b"\xc0\x00\x00\x99", (Transform(
 ANY = selectors("::/0")
 
 
-def test_a_second_child_is_refused_and_the_sa_stands():
+def test_one_peer_gets_so_many_children_and_no_more():
+    _world, _alice, bob, evil = up()
+    asked = [ESP_OFFER, Nonce(bytes(32)), SelectorsInitiator(ANY), SelectorsResponder(ANY)]
+    for _ in range(15):
+        assert SecurityAssociation in {type(one) for one in evil.ask(Exchange.CREATE_CHILD_SA, asked)}
+    for _ in range(10_000):
+        assert types(evil.ask(Exchange.CREATE_CHILD_SA, asked)) == [NotifyType.NO_ADDITIONAL_SAS]
+    assert len(bob.installed) == 16
+    named = Notification(3, NotifyType.REKEY_SA, next(iter(bob.installed.values())).spi_out.to_bytes(4, "big"), b"")
+    for _ in range(16):
+        assert NotifyType.NO_ADDITIONAL_SAS not in types(evil.ask(Exchange.CREATE_CHILD_SA, [named, *asked]))
+    assert types(evil.ask(Exchange.CREATE_CHILD_SA, [named, *asked])) == [NotifyType.NO_ADDITIONAL_SAS]
+    assert len(bob.installed) == 32
+    assert bob.ike.view(bob.sa).state == "ESTABLISHED"
+
+
+@pytest.mark.parametrize(
+    "spoiled",
+    [
+        pytest.param({"share": bytes(32)}, id="an all-zero key share"),
+        pytest.param({"share": bytes(31)}, id="a short key share"),
+        pytest.param({"spi": bytes(8)}, id="an SPI of zero"),
+        pytest.param({"spi": b""}, id="no SPI"),
+    ],
+)
+def test_a_rekeying_of_the_ike_sa_that_cannot_be_is_refused(spoiled):
+    _world, _alice, bob, evil = up()
+    spi, share = spoiled.get("spi", bytes(range(8))), spoiled.get("share", b"\x09" + bytes(31))
+    offer = Proposal(1, 1, spi, (Transform(1, 20, 256), Transform(2, 5), Transform(4, 31)))
+    payloads = [SecurityAssociation((offer,)), Nonce(bytes(32)), KeyExchangeData(31, share)]
+    (kind,) = types(evil.ask(Exchange.CREATE_CHILD_SA, payloads))
+    assert kind == (NotifyType.NO_PROPOSAL_CHOSEN if spi == b"" else NotifyType.INVALID_SYNTAX)
+    assert len(bob.ike._by_id) == 1, "no successor"
+
+
+@pytest.mark.parametrize("named", [(1, b"1234"), (3, b""), (3, b"12345678"), (2, b"1234")])
+def test_a_rekeying_of_something_that_is_no_child_is_nonsense(named):
+    _world, _alice, _bob, evil = up()
+    notify = Notification(named[0], NotifyType.REKEY_SA, named[1], b"")
+    asked = [notify, ESP_OFFER, Nonce(bytes(32)), SelectorsInitiator(ANY), SelectorsResponder(ANY)]
+    assert types(evil.ask(Exchange.CREATE_CHILD_SA, asked)) == [NotifyType.INVALID_SYNTAX]
+
+
+def test_a_key_exchange_that_nothing_waits_for_is_told_so():
     world, alice, bob, evil = up()
-    for _ in range(50):
-        answer = evil.ask(
-            Exchange.CREATE_CHILD_SA, [ESP_OFFER, Nonce(bytes(32)), SelectorsInitiator(ANY), SelectorsResponder(ANY)]
-        )
-        assert types(answer) == [NotifyType.NO_ADDITIONAL_SAS]
-    rekey = [Proposal(1, 1, bytes(range(8)), (Transform(1, 20, 256), Transform(2, 5), Transform(4, 31)))]
-    payloads = [SecurityAssociation(tuple(rekey)), Nonce(bytes(32)), KeyExchangeData(31, bytes(32))]
-    assert types(evil.ask(Exchange.CREATE_CHILD_SA, payloads)) == [NotifyType.NO_ADDITIONAL_SAS]
+    link = Notification(0, NotifyType.ADDITIONAL_KEY_EXCHANGE, b"", b"a link")
+    for payloads in ([KeyExchangeData(31, b"\x09" + bytes(31)), link], [KeyExchangeData(31, b"\x09" + bytes(31))]):
+        assert types(evil.ask(Exchange.IKE_FOLLOWUP_KE, payloads)) == [NotifyType.STATE_NOT_FOUND]
     assert_alive(world, alice, bob, evil)
 
 

@@ -9,12 +9,15 @@ from p2pvpn.core.child import EspSuite
 from p2pvpn.core.errors import LocalError, TrustError, WireError
 from p2pvpn.core.secret import Secret
 from p2pvpn.crypto import signatures
+from p2pvpn.crypto.cbc import CbcSuite
+from p2pvpn.crypto.kex import KexMethod, generate, modp_numbers, respond
 from p2pvpn.crypto.prf import Prf
 from p2pvpn.crypto.signatures import Scheme
 from p2pvpn.ike import auth, keys
 from p2pvpn.ike.message import Header
 from p2pvpn.ike.payloads import Authentication
 from p2pvpn.ike.protect import Protection
+from p2pvpn.ike.tasks.intermediate import int_auth
 
 from .people import Authority, credential, key_of
 
@@ -206,12 +209,12 @@ def protections(suite: EspSuite):
     return Protection(made, True), Protection(made, False)
 
 
-@pytest.mark.parametrize("suite", list(EspSuite))
+@pytest.mark.parametrize("suite", [*EspSuite, *CbcSuite])
 def test_sealed_messages_open_at_the_other_end_and_nowhere_else(suite):
     ours, theirs = protections(suite)
     header = Header(b"I" * 8, b"R" * 8, 37, True, False, 3)
     packets = [ours.seal(header, 41, b"chain") for _ in range(3)]
-    assert len({packet[32:40] for packet in packets}) == 3, "no IV twice"
+    assert len({packet[32 : 32 + suite.iv_bytes] for packet in packets}) == 3, "no IV twice"
     for packet in packets:
         opened = theirs.open_untrusted(packet)
         assert (opened.first, opened.plain) == (41, b"chain")
@@ -243,3 +246,67 @@ def test_padding_of_the_peer_is_taken_off_and_too_much_is_refused(padding, claim
             theirs.open_untrusted(packet)
     else:
         assert theirs.open_untrusted(packet).plain == plain
+
+
+def test_keys_of_what_follows_are_those_that_the_rfcs_write():
+    """RFC 7296 sections 2.17 and 2.18, RFC 9370 sections 2.2.2 and 2.2.4, RFC 8784 section 3, by hand."""
+    prf, ni, nr = Prf.HMAC_SHA2_256, b"i" * 32, b"r" * 32
+    made = keys.expand(prf, EspSuite.AES_GCM_16_256, Secret(bytes(32)), (ni, nr), (b"I" * 8, b"R" * 8))
+    d, first, second = made.d.reveal(), Secret(b"first"), Secret(b"second")
+    assert made.next_seed(ni, nr, [first]).reveal() == prf(d, b"first" + ni + nr)
+    assert made.next_seed(ni, nr, [first, second]).reveal() == prf(d, b"first" + ni + nr + b"second")
+    forth, back = made.child(EspSuite.AES_GCM_16_128, ni, nr, [first, second])
+    assert forth.reveal() + back.reveal() == prf.plus(d, b"first" + ni + nr + b"second", 40)
+    mixed = made.with_ppk(Secret(b"ppk"))
+    assert mixed.d.reveal() == prf.plus(b"ppk", d, 32)
+    assert mixed.pi.reveal() == prf.plus(b"ppk", made.pi.reveal(), 32)
+    assert (mixed.ei, mixed.er) == (made.ei, made.er)
+    assert len(made.ai) == 0
+    cbc = keys.expand(prf, CbcSuite.AES_CBC_256_HMAC_SHA2_384, Secret(bytes(32)), (ni, nr), (b"I" * 8, b"R" * 8))
+    assert [len(one) for one in (cbc.ai, cbc.ei, cbc.pi)] == [48, 32, 32]
+
+
+def test_int_auth_covers_header_and_payloads_as_if_there_were_no_cipher():
+    """RFC 9242 section 3.3.2, by hand."""
+    header, chain = Header(b"I" * 8, b"R" * 8, 43, True, False, 1), (34, b"payloads")
+    outer = b"I" * 8 + b"R" * 8 + bytes.fromhex("2e202b08 00000001 00000028") + bytes.fromhex("2200000c")
+    prf = Prf.HMAC_SHA2_384
+    link = int_auth(prf, Secret(b"sk_pi"), b"", header, chain)
+    assert link == prf(b"sk_pi", outer + b"payloads")
+    assert int_auth(prf, Secret(b"sk_pi"), link, header, chain) == prf(b"sk_pi", link + outer + b"payloads")
+
+
+@pytest.mark.parametrize("method", list(KexMethod))
+def test_every_key_exchange_agrees_and_refuses_what_is_none(method):
+    ours = generate(method)
+    answer, secret = respond(method, ours.public)
+    assert ours.shared(answer) == secret
+    assert (len(ours.public), len(answer)) == (method.public_bytes, method.answer_bytes)
+    for bad in (b"", ours.public[:-1], ours.public + b"\0", b"\xff" * method.public_bytes):
+        if not (method is KexMethod.CURVE25519 and len(bad) == 32):
+            with pytest.raises(TrustError):
+                respond(method, bad)
+    if not method.is_kem:
+        one = (1).to_bytes(method.public_bytes, "little" if method is KexMethod.CURVE25519 else "big")
+        for trivial in (bytes(method.public_bytes), one):
+            with pytest.raises(TrustError):
+                respond(method, trivial)
+    for size in {0, method.answer_bytes - 1, method.answer_bytes + 1}:
+        with pytest.raises(TrustError):
+            ours.shared(bytes(size))
+
+
+def test_the_finite_fields_are_those_of_rfc_3526():
+    """The last 64 bits before the all-ones tail, from the RFC's sections 3 to 5; p and (p - 1) / 2 are prime."""
+    tails = {
+        KexMethod.MODP_2048: 0x15728E5A8AACAA68,
+        KexMethod.MODP_3072: 0x4B82D120A93AD2CA,
+        KexMethod.MODP_4096: 0x4DF435C934063199,
+    }
+    for method, tail in tails.items():
+        prime = modp_numbers(method).p
+        assert (prime.bit_length(), prime >> (prime.bit_length() - 64)) == (8 * method.public_bytes, 2**64 - 1)
+        assert (prime >> 64 & 2**64 - 1, prime & 2**64 - 1) == (tail, 2**64 - 1)
+        assert pow(3, prime - 1, prime) == 1
+    prime = modp_numbers(KexMethod.MODP_2048).p // 2
+    assert pow(3, prime - 1, prime) == 1

@@ -8,6 +8,7 @@ import pytest
 
 from p2pvpn.core.address import Path
 from p2pvpn.core.errors import LocalError
+from p2pvpn.crypto.kex import KexMethod
 from p2pvpn.ike.codes import Exchange
 from p2pvpn.ike.message import build_chain
 from p2pvpn.ike.notifies import Notify
@@ -18,6 +19,7 @@ from p2pvpn.ike.tasks.responders import RESPONDERS
 
 from .evil import Evil
 from .test_dialogue import pair
+from .world import selectors
 
 
 @pytest.mark.parametrize(("state", "step"), list(itertools.product(State, Step)))
@@ -52,7 +54,11 @@ def half(world, alice, bob, *, lose):
 
 def in_state(state: State):
     """A world in which bob (alice for the initiator's states) has an SA in that state, and who that is."""
-    world, alice, bob = pair(liveness_s=None)
+    mixing = state in (State.MIXING_SENT, State.MIXING_DUE)
+    world, alice, bob = pair(liveness_s=None, additional_kexes=((KexMethod.ML_KEM_768,),) * mixing)
+    if mixing:
+        half(world, alice, bob, lose=43)
+        return (world, bob, alice) if state is State.MIXING_DUE else (world, alice, bob)
     if state is State.INIT_SENT:
         half(world, alice, bob, lose=34)
         return world, alice, bob
@@ -83,14 +89,14 @@ def test_the_states_can_be_made(state):
     assert host.ike.view(sa).state == state.name
 
 
+AWAITED = {(State.AUTH_SENT, Exchange.IKE_AUTH), (State.MIXING_SENT, Exchange.IKE_INTERMEDIATE)}
 NOT_ADMITTED = [
     (state, exchange, response)
     for state in LIVING
     if state is not State.INIT_SENT  # there are no keys yet
     for exchange in (*Exchange, 38, 99)
     for response in (False, True)
-    if (response and (state, exchange) != (State.AUTH_SENT, Exchange.IKE_AUTH))
-    or (not response and exchange not in REQUESTS[state])
+    if (response and (state, exchange) not in AWAITED) or (not response and exchange not in REQUESTS[state])
 ]
 
 
@@ -109,8 +115,14 @@ def test_a_message_that_a_state_does_not_admit_changes_nothing(state, exchange, 
     assert host.ike.view(sa) == before
 
 
+WISHES = [
+    *("move", "adopt", "inform", "probe", "heard", "close", "drop", "tick", "export"),
+    *("rekey", "rekey_child", "add_child", "close_child"),
+]
+
+
 @pytest.mark.parametrize("state", list(State))
-@pytest.mark.parametrize("wish", ["move", "adopt", "inform", "probe", "heard", "close", "drop", "tick", "export"])
+@pytest.mark.parametrize("wish", WISHES)
 def test_every_wish_is_answered_in_every_state(state, wish):
     world, host, other = in_state(state)
     sa = (host.ike.sa_ids() or [1])[0]
@@ -125,11 +137,15 @@ def test_every_wish_is_answered_in_every_state(state, wish):
         "drop": (sa,),
         "tick": (world.now + 1000,),
         "export": (sa, b"label", 16),
+        "rekey": (sa, world.now),
+        "rekey_child": (sa, 1, world.now),
+        "add_child": (sa, selectors("fd00::/16"), selectors("fd00::/16"), world.now),
+        "close_child": (sa, 1, world.now),
     }[wish]
     try:
         out = getattr(host.ike, wish)(*arguments)
     except LocalError:
-        assert wish in ("inform", "export")
+        assert wish in ("inform", "export", "add_child")
         assert state is not State.ESTABLISHED
     else:
         if wish != "export":

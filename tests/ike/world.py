@@ -109,7 +109,8 @@ class World:
         self.wire: list[tuple[Path, bytes]] = []
 
     def host(self, name: str, address: str, *credentials: Credential, **settings) -> Host:
-        host = Host(self, name, address, credentials, IkeSettings(**settings))
+        # One key exchange, unless a dialogue is about several.
+        host = Host(self, name, address, credentials, IkeSettings(**{"additional_kexes": (), **settings}))
         self.hosts.append(host)
         return host
 

@@ -29,7 +29,7 @@ from p2pvpn.ike.payloads import (
 )
 from p2pvpn.ike.states import Step
 
-from .child import ESP_SPI_BYTES, ChildOffer, answer_offer
+from .child import ESP_SPI_BYTES, ChildOffer, answer_offer, make_child
 from .inform import Inform
 from .task import Received, Refusal, Reply, Task, Verdict
 
@@ -60,7 +60,7 @@ class AuthRequest(Task):
             payloads.append(id_payload(wanted.remote_id, False))
         payloads.append(_prove(sa, credential, shared_key=not credential.certificates))
         if not wanted.childless:
-            self._offer = ChildOffer.make(sa, wanted.local, wanted.remote)
+            self._offer = ChildOffer.make(sa, wanted.local, wanted.remote, first=True)
             payloads += self._offer.payloads
         return payloads + _auth_notifies(credential)
 
@@ -107,12 +107,14 @@ class AuthRequest(Task):
             return f"the responder says {message.error or 'nothing of a Child SA'}"
         assert sa.remote is not None
         try:
-            child = self._offer.accepted_untrusted(sa, message, sa.remote.blocks)
+            terms = self._offer.accepted_untrusted(message, sa.remote.blocks)
         except (WireError, Refusal) as problem:
             spi = self._offer.spi.to_bytes(ESP_SPI_BYTES, "big")
             sa.requests.add_first(Inform([Delete(Protocol.ESP, (spi,))]))
             return str(problem)
-        sa.children[child.id] = child
+        assert sa.handshake is not None
+        child = make_child(sa, terms, sa.handshake.nonces, began=True)
+        sa.children.add(child)
         sa.emit(InstallChild(sa.id, child))
         sa.emit(UseChild(sa.id, child.id))
         return ""
@@ -137,13 +139,16 @@ def answer(sa: IkeSa, received: Received, now: float) -> Reply:
     then: list[Output] = [_established_event(sa, message, now)]
     if message.first(SecurityAssociation) is not None:
         try:
-            child, described = answer_offer(sa, message, remote.blocks)
+            terms, described = answer_offer(sa, message, remote.blocks, first=True)
         except Refusal as refusal:
             payloads += notifications([refusal.notify])
             then.append(ChildFailed(sa.id, str(refusal)))
         else:
             payloads += described
-            sa.children[child.id] = child
+            assert sa.handshake is not None
+            child = make_child(sa, terms, sa.handshake.nonces, began=False)
+            sa.children.add(child)
+            sa.children.unconfirmed.add(child.id)
             sa.emit(InstallChild(sa.id, child))
             then.insert(0, UseChild(sa.id, child.id))
     payloads += _auth_notifies(credential)
@@ -192,9 +197,13 @@ def _verify(sa: IkeSa, credential: Credential, identity: IkeId, message: Message
     assert handshake is not None
     keys = handshake.keys
     if sa.initiator:
-        octets = signed_octets(keys.prf, handshake.answer, handshake.nonce_i, keys.pr, identity)
+        octets = signed_octets(
+            keys.prf, handshake.answer, handshake.nonce_i, keys.pr, identity, int_auth=handshake.int_auth
+        )
     else:
-        octets = signed_octets(keys.prf, handshake.request, handshake.nonce_r, keys.pi, identity)
+        octets = signed_octets(
+            keys.prf, handshake.request, handshake.nonce_r, keys.pi, identity, int_auth=handshake.int_auth
+        )
     if auth.method == AuthMethod.SHARED_KEY:
         if credential.psk is None or (sa.initiator and credential.certificates):
             raise TrustError("a shared secret where a certificate is wanted")
@@ -224,9 +233,10 @@ def _prove(sa: IkeSa, credential: Credential, *, shared_key: bool) -> Authentica
     assert handshake is not None
     keys = handshake.keys
     if sa.initiator:
-        octets = signed_octets(keys.prf, handshake.request, handshake.nonce_r, keys.pi, credential.local_id)
+        message, nonce, key = handshake.request, handshake.nonce_r, keys.pi
     else:
-        octets = signed_octets(keys.prf, handshake.answer, handshake.nonce_i, keys.pr, credential.local_id)
+        message, nonce, key = handshake.answer, handshake.nonce_i, keys.pr
+    octets = signed_octets(keys.prf, message, nonce, key, credential.local_id, int_auth=handshake.int_auth)
     if shared_key:
         if credential.psk is None:
             raise LocalError("the credential has neither certificates nor a shared secret")

@@ -10,7 +10,7 @@ from p2pvpn.ike.codes import Exchange, Protocol
 from p2pvpn.ike.config import IkeSettings
 from p2pvpn.ike.message import Message, notifications
 from p2pvpn.ike.notifies import Notify, NotifyType
-from p2pvpn.ike.outputs import ChildClosed, Informed, Liveness, RemoveChild
+from p2pvpn.ike.outputs import ChildClosed, ChildRekeyed, Informed, Liveness, RemoveChild, UseChild
 from p2pvpn.ike.payloads import Delete, Payload
 from p2pvpn.ike.states import Step
 
@@ -32,6 +32,10 @@ class Inform(Task):
     def __init__(self, payloads: Sequence[Payload], *, ends: bool = False) -> None:
         self._payloads = list(payloads)
         self._ends = ends
+
+    @property
+    def ends(self) -> bool:
+        return self._ends
 
     def tries(self, settings: IkeSettings) -> int:
         return settings.delete_tries if self._ends else settings.tries
@@ -67,11 +71,12 @@ def answer(sa: IkeSa, received: Received, now: float) -> Reply:
     """The peer's request."""
     message = received.message
     if any(one.protocol == Protocol.IKE for one in message.all(Delete)):
+        sa.yield_to_successor(now)
         return Reply(step=Step.PEER_CLOSED, reason="the peer closed it")
     fatal = next((one for one in message.notifies if one.type in FATAL), None)
     if fatal is not None:
         return Reply(step=Step.PEER_CLOSED, reason=f"the peer says {fatal}")
-    payloads, then = _answer_delete(sa, message)
+    payloads, then = _answer_delete(sa, message, now)
     payloads += notifications(_echo(message))
     payloads += notifications(answer_update(sa, received, then, now))
     told = tuple(one for one in message.notifies if one.is_for_the_engine)
@@ -80,17 +85,27 @@ def answer(sa: IkeSa, received: Received, now: float) -> Reply:
     return Reply(tuple(payloads), tuple(then))
 
 
-def _answer_delete(sa: IkeSa, message: Message) -> tuple[list[Payload], list[Output]]:
-    """Child SAs that the peer deletes by its inbound SPIs; the answer names ours (RFC 7296 section 1.4.1)."""
+def _answer_delete(sa: IkeSa, message: Message, now: float) -> tuple[list[Payload], list[Output]]:
+    """Child SAs that the peer deletes by its inbound SPIs; the answer names ours (RFC 7296 section 1.4.1).
+
+    One that we delete too is not named. The deletion of one that the peer has replaced is the sign to turn to the
+    replacement, which is ready at the other end (section 2.8).
+    """
     named = {spi for one in message.all(Delete) if one.protocol == Protocol.ESP for spi in one.spis}
-    gone = [child for child in sa.children.values() if child.spi_out.to_bytes(4, "big") in named]
+    gone = [child for child in sa.children.live.values() if child.spi_out.to_bytes(4, "big") in named]
+    told = tuple(child.spi_in.to_bytes(4, "big") for child in gone if child.id not in sa.children.closing)
     then: list[Output] = []
     for child in gone:
-        del sa.children[child.id]
-        then += [RemoveChild(sa.id, child.id), ChildClosed(sa.id, child.id)]
-    if not gone:
-        return [], then
-    return [Delete(Protocol.ESP, tuple(child.spi_in.to_bytes(4, "big") for child in gone))], then
+        successor = sa.children.successor.get(child.id)
+        if successor is not None:
+            sa.emit(UseChild(sa.id, successor))
+            then.append(ChildRekeyed(sa.id, child.id, successor))
+        if successor is not None or child.id in sa.children.closing:
+            sa.retire_child(child.id, now)
+        else:
+            sa.children.forget(child.id)
+            then += [RemoveChild(sa.id, child.id), ChildClosed(sa.id, child.id)]
+    return [Delete(Protocol.ESP, told)] if told else [], then
 
 
 def _echo(message: Message) -> list[Notify]:

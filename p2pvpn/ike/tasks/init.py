@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from p2pvpn.core.errors import TrustError, WireError
-from p2pvpn.crypto.kex import KexMethod, KeyExchange, generate
+from p2pvpn.crypto.kex import KexMethod, KeyExchange, generate, respond
 from p2pvpn.ike.auth import hash_notify, peer_hashes
 from p2pvpn.ike.codes import CERT_X509_SIGNATURE, Exchange
 from p2pvpn.ike.config import IkeSettings, Initiate, Local
@@ -20,10 +20,10 @@ from p2pvpn.ike.message import NO_SPI, Message, notifications
 from p2pvpn.ike.nat import HASH_BYTES, detection_notifies, local_nat, remote_nat
 from p2pvpn.ike.notifies import Notify, NotifyType
 from p2pvpn.ike.payloads import CertificateRequest, KeyExchangeData, Nonce, Payload, SecurityAssociation
-from p2pvpn.ike.proposals import IkeSuite, Proposal, choose_ike, chosen_ike_untrusted, offer_ike
+from p2pvpn.ike.proposals import Allowed, IkeSuite, Proposal, choose_ike, chosen_ike_untrusted, offers_ike
 from p2pvpn.ike.states import Step
 
-from .auth import AuthRequest
+from .intermediate import next_request
 from .task import Received, Refusal, Task, Verdict
 
 if TYPE_CHECKING:
@@ -39,13 +39,33 @@ MAX_CERTREQ_HASHES = 16
 
 @dataclass(slots=True)
 class Handshake:
-    """What IKE_AUTH needs of IKE_SA_INIT; dropped when the SA is established."""
+    """What IKE_AUTH needs of the exchanges before; dropped when the SA is established.
+
+    `pending` are additional key exchanges; `rounds` of them are done, and authenticated by `int_auth_i` and
+    `int_auth_r` (RFC 9242 section 3.3.2).
+    """
 
     keys: IkeKeys
+    suite: IkeSuite
     nonce_i: bytes
     nonce_r: bytes
     request: bytes
     answer: bytes
+    pending: list[KexMethod]
+    int_auth_i: bytes = b""
+    int_auth_r: bytes = b""
+    rounds: int = 0
+
+    @property
+    def nonces(self) -> tuple[bytes, bytes]:
+        return self.nonce_i, self.nonce_r
+
+    @property
+    def int_auth(self) -> bytes:
+        """IntAuth, which ends with the message ID of IKE_AUTH; empty when there was no exchange in between."""
+        if not self.rounds:
+            return b""
+        return self.int_auth_i + self.int_auth_r + (self.rounds + 1).to_bytes(4, "big")
 
 
 @dataclass(slots=True)
@@ -55,6 +75,7 @@ class PeerFeatures:
     fragmentation: bool = False
     mobike: bool = False
     childless: bool = False
+    intermediate: bool = False
     hashes: frozenset[int] = frozenset()
     authorities: frozenset[bytes] = frozenset()
     local_nat: bool = False
@@ -67,6 +88,7 @@ class PeerFeatures:
         return cls(
             fragmentation=message.notify(NotifyType.IKEV2_FRAGMENTATION_SUPPORTED) is not None,
             childless=message.notify(NotifyType.CHILDLESS_IKEV2_SUPPORTED) is not None,
+            intermediate=_knows_intermediate(message),
             hashes=peer_hashes(message.notify(NotifyType.SIGNATURE_HASH_ALGORITHMS)),
             authorities=frozenset[bytes]().union(*(one.authorities for one in asked)),
             local_nat=bool(local_nat(message, spi_i, spi_r, received.path)),
@@ -84,7 +106,13 @@ class InitRequest(Task):
         self._request = request
         self._nonce = local.entropy(NONCE_BYTES)
         self._fake = local.entropy(HASH_BYTES) if settings.fake_nat else None
-        self._offer: Proposal = offer_ike(settings.ciphers, settings.prfs, settings.kexes)
+        self._offers = offers_ike(
+            settings.ciphers,
+            settings.prfs,
+            settings.kexes,
+            settings.additional_kexes,
+            required=settings.additional_required,
+        )
         self._group = settings.kexes[0]
         self._shares: dict[KexMethod, KeyExchange] = {}
         self._packets: dict[KexMethod, bytes] = {}
@@ -101,11 +129,11 @@ class InitRequest(Task):
         cookie = [Notify(NotifyType.COOKIE, self._cookie)] if self._cookie else []
         return [
             *notifications(cookie),
-            SecurityAssociation((self._offer,)),
+            SecurityAssociation(self._offers),
             KeyExchangeData(self._group.transform, share.public),
             Nonce(self._nonce),
             *notifications(detection_notifies(sa.spi_i, NO_SPI, self._request.path, self._fake)),
-            *notifications(_features()),
+            *notifications(_features(sa.local.settings)),
         ]
 
     def sent(self, packet: bytes) -> None:
@@ -152,20 +180,22 @@ class InitRequest(Task):
         group = _group_of(their_share.group, tuple(self._shares))
         if group is None:
             raise WireError("a key share of a group that we did not send")
-        settings = sa.local.settings
         answer = message.one(SecurityAssociation).proposals
-        suite = chosen_ike_untrusted(answer, self._offer, settings.ciphers, settings.prfs, group)
+        _, suite = chosen_ike_untrusted(answer, self._offers)
+        if suite.kex is not group or (suite.additional and not _knows_intermediate(message)):
+            raise WireError("the answer contradicts itself")
         shared = self._shares[group].shared(their_share.data)
         sa.spi_r = header.spi_r
         seed = skeyseed(suite.prf, self._nonce, nonce_r, shared)
         keys = expand(suite.prf, suite.cipher, seed, (self._nonce, nonce_r), (sa.spi_i, sa.spi_r))
         sa.peer = PeerFeatures.of(message, sa.spi_i, sa.spi_r, received)
-        sa.key(Handshake(keys, self._nonce, nonce_r, self._packets[group], received.raw))
-        sa.advance(Step.KEYED)
+        additional = list(suite.additional)
+        sa.key(Handshake(keys, suite, self._nonce, nonce_r, self._packets[group], received.raw, additional))
+        sa.advance(Step.MIX if additional else Step.KEYED)
         if self._request.childless and not sa.peer.childless:
             sa.end(Step.DROPPED, "the responder makes no IKE SA without a Child SA", now)
             return Verdict.DONE
-        sa.requests.add_first(AuthRequest(self._request))
+        sa.requests.add_first(next_request(sa, self._request))
         return Verdict.DONE
 
 
@@ -183,10 +213,12 @@ def choose_untrusted(settings: IkeSettings, message: Message) -> InitChoice:
     """What to answer. Raises Refusal: NO_PROPOSAL_CHOSEN, or INVALID_KE_PAYLOAD with the group we want."""
     share = message.one(KeyExchangeData)
     proposals = message.one(SecurityAssociation).proposals
-    found = choose_ike(proposals, settings.ciphers, settings.prfs, settings.kexes, share.group)
-    if found is None:
+    additional = settings.known_additional if _knows_intermediate(message) else ()
+    allowed = Allowed(settings.ciphers, settings.prfs, settings.kexes, additional, sent_group=share.group)
+    found = choose_ike(proposals, allowed)
+    if found is None or (settings.additional_required and not found[2].additional):
         raise Refusal("no proposal that we can accept", NotifyType.NO_PROPOSAL_CHOSEN)
-    proposal, suite = found
+    _, proposal, suite = found
     if suite.kex.transform != share.group:
         group = suite.kex.transform.to_bytes(2, "big")
         raise Refusal("a key share of another group", NotifyType.INVALID_KE_PAYLOAD, group)
@@ -198,28 +230,37 @@ def choose_untrusted(settings: IkeSettings, message: Message) -> InitChoice:
 def answer(sa: IkeSa, received: Received, choice: InitChoice) -> list[Payload]:
     """The payloads of the responder's answer; the SA has its keys then. Raises TrustError for a bad key share."""
     local = sa.local
-    share = generate(choice.suite.kex)
-    shared = share.shared(choice.their_share)
+    public, shared = respond(choice.suite.kex, choice.their_share)
     nonce_r = local.entropy(NONCE_BYTES)
     suite = choice.suite
     seed = skeyseed(suite.prf, choice.nonce_i, nonce_r, shared)
     keys = expand(suite.prf, suite.cipher, seed, (choice.nonce_i, nonce_r), (sa.spi_i, sa.spi_r))
     sa.peer = PeerFeatures.of(received.message, sa.spi_i, NO_SPI, received)
-    sa.key(Handshake(keys, choice.nonce_i, nonce_r, received.raw, b""))
+    sa.key(Handshake(keys, suite, choice.nonce_i, nonce_r, received.raw, b"", list(suite.additional)))
+    if suite.additional:
+        sa.advance(Step.MIX)
     fake = local.entropy(HASH_BYTES) if local.settings.fake_nat else None
     return [
         SecurityAssociation((choice.proposal,)),
-        KeyExchangeData(suite.kex.transform, share.public),
+        KeyExchangeData(suite.kex.transform, public),
         Nonce(nonce_r),
         *notifications(detection_notifies(sa.spi_i, sa.spi_r, received.path, fake)),
         *_certificate_requests(local),
-        *notifications(_features()),
+        *notifications(_features(local.settings, sa.peer)),
         *notifications([Notify(NotifyType.CHILDLESS_IKEV2_SUPPORTED)]),
     ]
 
 
-def _features() -> list[Notify]:
-    return [Notify(NotifyType.IKEV2_FRAGMENTATION_SUPPORTED), hash_notify()]
+def _features(settings: IkeSettings, peer: PeerFeatures | None = None) -> list[Notify]:
+    """What we announce; some only to a `peer` that did so before."""
+    notifies = [Notify(NotifyType.IKEV2_FRAGMENTATION_SUPPORTED), hash_notify()]
+    if settings.additional_kexes and (peer is None or peer.intermediate):
+        notifies.append(Notify(NotifyType.INTERMEDIATE_EXCHANGE_SUPPORTED))
+    return notifies
+
+
+def _knows_intermediate(message: Message) -> bool:
+    return message.notify(NotifyType.INTERMEDIATE_EXCHANGE_SUPPORTED) is not None
 
 
 def _certificate_requests(local: Local) -> list[Payload]:

@@ -41,6 +41,12 @@ class Move:
     back: bool = False
 
 
+def is_moving(sa: IkeSa) -> bool:
+    """Whether the path is being settled."""
+    waiting = sa.requests.outstanding
+    return sa.moving is not None or (waiting is not None and isinstance(waiting.task, _PathTask))
+
+
 def begin_move(sa: IkeSa, path: Path, now: float) -> None:
     """The original initiator wants this path."""
     if sa.moving is not None and not sa.moving.back and path == sa.moving.target:
@@ -56,10 +62,10 @@ def fail_move(sa: IkeSa, reason: str, now: float) -> None:
     if move is None or move.back:
         sa.moving = None
         return
-    if sa.initiator:
+    if sa.dialled:
         sa.emit(MoveFailed(sa.id, move.target, reason))
     _start(sa, Move(sa.path, back=True), now)
-    if sa.initiator and not sa.requests.has(UpdateAddresses) and sa.requests.outstanding is None:
+    if sa.dialled and not sa.requests.has(UpdateAddresses) and sa.requests.outstanding is None:
         sa.requests.add_first(UpdateAddresses())
 
 
@@ -140,7 +146,7 @@ def answer_update(sa: IkeSa, received: Received, then: list[Output], now: float)
     message = received.message
     asked = message.notify(NotifyType.NAT_DETECTION_DESTINATION_IP) is not None
     answer = _detection(sa, received.path) if asked else []
-    if message.notify(NotifyType.UPDATE_SA_ADDRESSES) is None or sa.initiator or not sa.peer.mobike:
+    if message.notify(NotifyType.UPDATE_SA_ADDRESSES) is None or sa.dialled or not sa.peer.mobike:
         return answer
     behind = local_nat(message, sa.spi_i, sa.spi_r, received.path)
     if behind is not None:

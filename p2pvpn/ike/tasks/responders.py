@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from p2pvpn.ike.codes import Exchange
 
-from . import auth, child, inform
+from . import auth, create, followup, inform, intermediate
 from .task import Received, Reply
 
 if TYPE_CHECKING:
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 RESPONDERS: dict[Exchange, Callable[[IkeSa, Received, float], Reply]] = {
     Exchange.IKE_AUTH: auth.answer,
-    Exchange.CREATE_CHILD_SA: child.answer,
+    Exchange.CREATE_CHILD_SA: create.answer,
     Exchange.INFORMATIONAL: inform.answer,
+    Exchange.IKE_INTERMEDIATE: intermediate.answer,
+    Exchange.IKE_FOLLOWUP_KE: followup.answer,
 }

@@ -16,6 +16,7 @@ from p2pvpn.core.errors import RemoteError
 from p2pvpn.core.output import Output
 from p2pvpn.ike.codes import Exchange
 from p2pvpn.ike.config import IkeSettings
+from p2pvpn.ike.keys import IkeKeys
 from p2pvpn.ike.message import Message
 from p2pvpn.ike.notifies import Notify, NotifyType
 from p2pvpn.ike.payloads import Payload
@@ -46,6 +47,8 @@ class Task(ABC):
     """An exchange that we begin. A task belongs to one SA and is used once."""
 
     exchange: ClassVar[Exchange]
+    passes_on: ClassVar[bool] = True
+    """Whether a successor of the IKE SA inherits it while it waits."""
 
     @abstractmethod
     def request(self, sa: IkeSa) -> list[Payload]:
@@ -57,6 +60,14 @@ class Task(ABC):
 
     def sent(self, packet: bytes) -> None:  # noqa: B027 (most tasks do not care)
         """Told the first packet of the request as it goes out."""
+
+    def wanted(self, sa: IkeSa) -> bool:
+        """Asked when its turn has come: whether there is still a reason for it."""
+        return True
+
+    def ready(self, sa: IkeSa, now: float) -> bool:
+        """Asked next: whether it makes sense now, or after a pause."""
+        return True
 
     def gave_up(self, sa: IkeSa, now: float) -> None:
         """No answer to any transmission."""
@@ -74,16 +85,29 @@ class Task(ABC):
 class Refusal(RemoteError):
     """A request that is answered with an error notification alone; `fatal` ends the SA."""
 
-    def __init__(self, reason: str, kind: NotifyType, data: bytes = b"", *, fatal: bool = False) -> None:
+    def __init__(
+        self,
+        reason: str,
+        kind: NotifyType,
+        data: bytes = b"",
+        *,
+        fatal: bool = False,
+        protocol: int = 0,
+        spi: bytes = b"",
+    ) -> None:
         super().__init__(reason, fatal=fatal)
-        self.notify = Notify(kind, data)
+        self.notify = Notify(kind, data, protocol, spi)
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """The answer to a request of the peer; `then` follows the answer in the list of outputs, and `step` comes last."""
+    """The answer to a request of the peer; `then` follows the answer in the list of outputs, and `step` comes last.
+
+    What comes after the answer is protected by `keys`, if there are any.
+    """
 
     payloads: tuple[Payload, ...] = ()
     then: tuple[Output, ...] = ()
     step: Step | None = None
     reason: str = ""
+    keys: IkeKeys | None = None
