@@ -20,6 +20,7 @@ from p2pvpn.core.errors import Fault, LocalError, P2pvpnError
 from . import planes, supervise
 from .control import control_path
 from .guard import Guard
+from .netlink import Netlink
 from .store import runtime_root, state_root, told
 from .tun import DEVICE
 
@@ -95,11 +96,22 @@ def start(*, port: int | None = None, plane: str | None = None) -> None:
 def stop() -> bool:
     """End the daemon, and remove what one that was killed left; False when none ran. Raises LocalError."""
     stopped = supervise.down(runtime_root())
-    if not stopped and os.geteuid() == 0 and not is_running():
+    if os.geteuid() == 0 and not is_running():
         planes.clean_up()
-        with suppress(LocalError):
-            asyncio.run(Guard().clear())
+        asyncio.run(_clear())
     return stopped
+
+
+async def _clear() -> None:
+    """Rules and routes that keep plaintext in, and outlive a daemon that is killed."""
+    with suppress(LocalError):
+        await Guard().clear()
+    with suppress(LocalError):
+        netlink = await Netlink.open()
+        try:
+            await netlink.clear_barriers()
+        finally:
+            netlink.close()
 
 
 def leave_failure(problem: P2pvpnError) -> None:
