@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 class CreateChild(Creation):
     """A Child SA of ours; `replaces` names the one that it takes the place of."""
 
+    holds_back_rekeying = True
+
     def __init__(self, local: tuple[Selector, ...], remote: tuple[Selector, ...], replaces: int | None = None) -> None:
         super().__init__()
         self.replaces = replaces
@@ -111,6 +113,7 @@ class DeleteChildren(Task):
     """DELETE of Child SAs by our inbound SPIs."""
 
     exchange = Exchange.INFORMATIONAL
+    holds_back_rekeying = True
 
     def __init__(self, spis: tuple[bytes, ...], ids: tuple[int, ...] = ()) -> None:
         self._spis = spis
@@ -146,8 +149,6 @@ def answer(sa: IkeSa, received: Received, now: float) -> Reply:
     if sa.state is State.DELETING or sa.silent:
         raise Refusal("the SA is being deleted", NotifyType.TEMPORARY_FAILURE)
     if message.first(SelectorsInitiator) is None:
-        if _under_way(sa):
-            raise Refusal("a Child SA is being made or deleted", NotifyType.TEMPORARY_FAILURE)
         return rekey.answer(sa, received, now)
     if isinstance(sa.creating, rekey.RekeyIke):
         raise Refusal("the IKE SA is being rekeyed", NotifyType.TEMPORARY_FAILURE)
@@ -168,6 +169,8 @@ def answer(sa: IkeSa, received: Received, now: float) -> Reply:
         sa.creating.rival = Rival(min(nonces))
 
     def finish(shared: list[Secret]) -> Reply:
+        if old is not None:
+            _check_replaceable(sa, old)
         return _made(sa, make_child(sa, terms, nonces, began=False, secrets=shared), old)
 
     return begin_half(sa, payloads, terms.suite.additional, secrets=secrets, finish=finish, now=now)
@@ -183,9 +186,17 @@ def _replaced(sa: IkeSa, message: Message) -> ChildSa | None:
     child = sa.children.by_outbound(named.spi)
     if child is None:
         raise Refusal("no such Child SA", NotifyType.CHILD_SA_NOT_FOUND, protocol=Protocol.ESP, spi=named.spi)
+    _check_replaceable(sa, child)
+    return child
+
+
+def _check_replaceable(sa: IkeSa, child: ChildSa) -> None:
+    """Asked before each key exchange of its replacement, as it may go away in between. Raises Refusal."""
     if child.id in sa.children.closing:
         raise Refusal("the Child SA is being deleted", NotifyType.TEMPORARY_FAILURE)
-    return child
+    if child.id not in sa.children.live:
+        spi = child.spi_out.to_bytes(ESP_SPI_BYTES, "big")
+        raise Refusal("the Child SA is gone", NotifyType.CHILD_SA_NOT_FOUND, protocol=Protocol.ESP, spi=spi)
 
 
 def _made(sa: IkeSa, child: ChildSa, old: ChildSa | None) -> Reply:
@@ -195,14 +206,5 @@ def _made(sa: IkeSa, child: ChildSa, old: ChildSa | None) -> Reply:
     sa.emit(InstallChild(sa.id, child))
     if old is None:
         return Reply((), (UseChild(sa.id, child.id), ChildAdded(sa.id, child.id)))
-    if old.id in sa.children.live:
-        sa.children.successor[old.id] = child.id
-        return Reply()
-    # It was deleted while additional key exchanges were going on.
-    return Reply((), (UseChild(sa.id, child.id), ChildRekeyed(sa.id, old.id, child.id)))
-
-
-def _under_way(sa: IkeSa) -> bool:
-    """Whether we are creating, rekeying or deleting a Child SA (RFC 7296 section 2.25.2)."""
-    waiting = sa.requests.outstanding
-    return isinstance(sa.creating, CreateChild) or (waiting is not None and isinstance(waiting.task, DeleteChildren))
+    sa.children.successor[old.id] = child.id
+    return Reply()

@@ -85,8 +85,7 @@ class RekeyIke(Creation):
 def answer(sa: IkeSa, received: Received, now: float) -> Reply:
     """The peer wants a successor. Raises Refusal, WireError."""
     message = received.message
-    if is_moving(sa):
-        raise Refusal("something else is going on", NotifyType.TEMPORARY_FAILURE)
+    _check_free(sa)
     settings = sa.local.settings
     share = message.one(KeyExchangeData)
     spi = sa.local.fresh_spi()
@@ -118,6 +117,7 @@ def answer(sa: IkeSa, received: Received, now: float) -> Reply:
         rival = sa.creating.rival = Rival(min(nonces))
 
     def finish(secrets: list[Secret]) -> Reply:
+        _check_free(sa)
         successor = _successor(sa, suite, nonces, secrets, (theirs.spi, spi), began=False)
         if isinstance(sa.creating, RekeyIke) and sa.creating.rival is rival and rival is not None:
             rival.made = successor
@@ -126,6 +126,14 @@ def answer(sa: IkeSa, received: Received, now: float) -> Reply:
         return Reply()
 
     return begin_half(sa, payloads, suite.additional, secrets=[secret], finish=finish, now=now)
+
+
+def _check_free(sa: IkeSa) -> None:
+    """Asked before each of its key exchanges. Raises Refusal while we make, replace or delete a Child SA, or move."""
+    waiting = sa.requests.outstanding
+    tasks = (sa.creating, None if waiting is None else waiting.task)
+    if is_moving(sa) or any(task is not None and task.holds_back_rekeying for task in tasks):
+        raise Refusal("something else is going on", NotifyType.TEMPORARY_FAILURE)
 
 
 def _successor(

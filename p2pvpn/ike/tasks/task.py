@@ -49,6 +49,8 @@ class Task(ABC):
     exchange: ClassVar[Exchange]
     passes_on: ClassVar[bool] = True
     """Whether a successor of the IKE SA inherits it while it waits."""
+    holds_back_rekeying: ClassVar[bool] = False
+    """Whether the IKE SA cannot be rekeyed by the peer while this is under way (RFC 7296 section 2.25.2)."""
 
     @abstractmethod
     def request(self, sa: IkeSa) -> list[Payload]:
