@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -86,7 +87,7 @@ class Figures:
 
 def main(options: DemoOptions) -> int:
     """Perform it in namespaces of its own; 0 only if all was as it should be. Raises LocalError before it begins."""
-    if options.plane == "kernel" and not _kernel_has_esp():
+    if options.plane == "kernel" and not kernel_has_esp():
         require_programs(in_guest=True)
         return _perform_in_guest(options)
     require_programs()
@@ -106,7 +107,8 @@ def main(options: DemoOptions) -> int:
         os._exit(code)
 
 
-def _kernel_has_esp() -> bool:
+def kernel_has_esp() -> bool:
+    """Whether the kernel plane can run here and now."""
     try:
         planes.probe()
     except LocalError:
@@ -267,7 +269,17 @@ class Demo:
         )
         self._check_no_earlier_contact(began, figures.path_at_first_ping)
         self._count_upgrade(flows, began, direct=direct)
+        if figures.plane == "kernel":
+            self._see_kernel_count(sum(len(flow.arrived_at) for flow in flows))
         return hub
+
+    def _see_kernel_count(self, packets: int) -> None:
+        """The kernel of a peer itself must have counted the users' packets, on SAs that the daemon installed."""
+        said = self.stage.a.run(["ip", "-s", "xfrm", "state"]).stdout
+        counts = [int(number) for number in re.findall(r"(\d+)\(packets\)\s+add", said)]
+        if sum(counts) < packets:
+            raise Seen(f"{packets} packets at least on the SAs of a's kernel", f"{counts}", (self.stage.a,))
+        self.story.fact(f"a's kernel counted {sum(counts)} ESP packets on {len(counts)} SAs")
 
     def _check_no_earlier_contact(self, began: float, way: str) -> None:
         stage = self.stage
