@@ -65,7 +65,8 @@ class _Shape:
         self.trailer_sum = int(self.rows.words[0].sum(dtype=np.int64)) % MODULUS
         field = self.rows.field
         self.identification, self.header_checksum = field(4, ">u2"), field(10, ">u2")
-        self.sequence, self.flags = field(at + 4, ">u4"), field(at + 13, "u1")
+        if plan.is_tcp:
+            self.sequence, self.flags = field(at + 4, ">u4"), field(at + 13, "u1")
         self.checksum = field(at + (16 if plan.is_tcp else 6), "<u2")
         self.steps = np.arange(self.rows.count, dtype=np.int64)
 

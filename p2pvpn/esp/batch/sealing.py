@@ -79,7 +79,7 @@ class Sealing:
                 self._layouts.clear()
             layout = self._layouts[size] = _Layout(self._buffer, size)
         numbers = self._steps[:count] + first
-        layout.head[:count] = (numbers & _LOW if first > _LOW else numbers) + (sealer.spi << 32)
+        layout.head[:count] = (numbers & _LOW if first + count > _LOW else numbers) + (sealer.spi << 32)
         layout.iv[:count] = numbers
         self._nonce_iv[:count] = numbers
         if sealer.esn:
