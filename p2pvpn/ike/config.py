@@ -17,6 +17,7 @@ from p2pvpn.crypto.prf import Prf
 from p2pvpn.crypto.signatures import PublicKey, Scheme
 
 from .codes import IdKind
+from .keylog import KeySink
 from .notifies import Notify
 from .proposals import IkeCipher
 
@@ -214,7 +215,16 @@ class IkeSettings:
 class Local:
     """What all SAs of an endpoint share. `fresh_spi` and `next_sa_id` number IKE SAs."""
 
-    __slots__ = ("allocate_spi", "credentials", "entropy", "fresh_spi", "next_child_id", "next_sa_id", "settings")
+    __slots__ = (
+        "allocate_spi",
+        "credentials",
+        "entropy",
+        "fresh_spi",
+        "key_sink",
+        "next_child_id",
+        "next_sa_id",
+        "settings",
+    )
 
     def __init__(
         self,
@@ -225,6 +235,7 @@ class Local:
         *,
         fresh_spi: Callable[[], bytes],
         next_sa_id: Callable[[], int],
+        key_sink: KeySink | None = None,
     ) -> None:
         self.settings = settings
         self.entropy = entropy
@@ -232,4 +243,5 @@ class Local:
         self.allocate_spi = allocate_spi
         self.fresh_spi = fresh_spi
         self.next_sa_id = next_sa_id
+        self.key_sink = key_sink
         self.credentials: tuple[Credential, ...] = ()

@@ -25,6 +25,7 @@ from p2pvpn.core.selector import Selector
 from .codes import Exchange, PayloadType
 from .config import Credential, IkeSettings, Initiate, Local, RemoteIdentity
 from .cookies import MAX_COOKIE_BYTES, CookieJar
+from .keylog import KeySink
 from .message import (
     HEADER_BYTES,
     NO_SPI,
@@ -77,7 +78,8 @@ class SaView:
 class IkeEndpoint:
     """Every IKE SA of a machine, in either role.
 
-    `next_child_id` numbers Child SAs and `allocate_spi` gives inbound ESP SPIs; neither ever repeats itself.
+    `next_child_id` numbers Child SAs and `allocate_spi` gives inbound ESP SPIs; neither ever repeats itself. `key_sink`
+    gets the keys of everything (module `keylog`), and whoever gives one says so loudly.
     """
 
     def __init__(
@@ -86,9 +88,16 @@ class IkeEndpoint:
         entropy: Entropy,
         next_child_id: Callable[[], int],
         allocate_spi: Callable[[], int],
+        key_sink: KeySink | None = None,
     ) -> None:
         self._local = Local(
-            settings, entropy, next_child_id, allocate_spi, fresh_spi=self._fresh_spi, next_sa_id=self._next_id
+            settings,
+            entropy,
+            next_child_id,
+            allocate_spi,
+            fresh_spi=self._fresh_spi,
+            next_sa_id=self._next_id,
+            key_sink=key_sink,
         )
         self._last_id = 0
         self._by_id: dict[int, IkeSa] = {}

@@ -25,10 +25,12 @@ from .children import Children
 from .codes import Exchange, Protocol
 from .config import Credential, Local, RemoteIdentity
 from .family import hand_over
+from .keylog import ESP_TABLE, IKE_TABLE, esp_lines, ike_line
 from .keys import IkeKeys
 from .message import CriticalPayloadError, Header, notifications
 from .notifies import Notify, NotifyType
 from .outputs import (
+    InstallChild,
     MoveChild,
     MoveFailed,
     PeerPathHint,
@@ -256,8 +258,13 @@ class IkeSa:
     # What tasks do
 
     def emit(self, output: Output) -> None:
-        if not (self.silent and isinstance(output, Event)):
-            self._out.append(output)
+        if self.silent and isinstance(output, Event):
+            return
+        self._out.append(output)
+        sink = self.local.key_sink
+        if sink is not None and isinstance(output, InstallChild):
+            for line in esp_lines(output.child):
+                sink(ESP_TABLE, line)
 
     def advance(self, step: Step) -> None:
         """By the table of states. Raises LocalError when the step cannot be."""
@@ -272,6 +279,7 @@ class IkeSa:
         if self.initiator:
             self._channel.protect(handshake.keys, self.initiator)
         self._timers.clear(Timer.DOUBT)
+        self._log_keys(handshake.keys, last=not handshake.pending)
 
     def come_of_age(self, parent: IkeSa, keys: IkeKeys, suite: IkeSuite) -> None:
         """A successor: authenticated as its parent was, with keys of its own."""
@@ -281,12 +289,20 @@ class IkeSa:
         self.dialled = parent.dialled
         self._channel.fragmentation = parent.peer.fragmentation
         self._channel.protect(keys, self.initiator)
+        self._log_keys(keys, last=True)
 
     def mix(self, keys: IkeKeys) -> None:
         """One more key exchange is in the keys; everything from now on is protected by them."""
         assert self.handshake is not None
         self.keys = self.handshake.keys = keys
         self._channel.protect(keys, self.initiator)
+        self._log_keys(keys, last=self.state in (State.AUTH_SENT, State.INIT_ANSWERED))
+
+    def _log_keys(self, keys: IkeKeys, *, last: bool) -> None:
+        """For the key log, if there is one; Wireshark takes one line for each pair of SPIs."""
+        line = ike_line(self.spi_i, self.spi_r, keys) if self.local.key_sink is not None else None
+        if line is not None and self.local.key_sink is not None:
+            self.local.key_sink(IKE_TABLE, line if last else f"# of IKE_INTERMEDIATE: {line}")
 
     def later(self, task: Task, now: float) -> None:
         """Ask again after a pause that is not the same every time."""

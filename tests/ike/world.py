@@ -34,7 +34,14 @@ class Host:
         self.random = random.Random(f"{name}/{world.seed}")
         children = itertools.count(1)
         spis = itertools.count(self.random.getrandbits(24))
-        self.ike = IkeEndpoint(settings, self.random.randbytes, lambda: next(children), lambda: SPI_MARK | next(spis))
+        self.key_log: list[tuple[str, str]] = []
+        self.ike = IkeEndpoint(
+            settings,
+            self.random.randbytes,
+            lambda: next(children),
+            lambda: SPI_MARK | next(spis),
+            lambda table, line: self.key_log.append((table, line)),
+        )
         self.credentials = tuple(credentials)
         self.ike.set_credentials(self.credentials)
         self.log: list[Output] = []

@@ -24,7 +24,7 @@ from p2pvpn.host.netlink import Netlink
 from p2pvpn.host.underlay import Underlay
 from p2pvpn.ike.config import Credential, IkeSettings, Initiate
 from p2pvpn.ike.endpoint import IkeEndpoint
-from p2pvpn.ike.outputs import SaClosed, SaEstablished, SaFailed, SaMoved
+from p2pvpn.ike.outputs import ChildRekeyed, SaClosed, SaEstablished, SaFailed, SaMoved, SaRekeyed
 from p2pvpn.lab.net import Node
 from p2pvpn.mesh.ike_driver import IkeDriver
 
@@ -67,6 +67,10 @@ class Gateway:
     def initiate(self, remote: str) -> None:
         """Begin an SA with UDP 4500 of an address, for all that is routed into the tunnel."""
         os.write(self._commands, remote.encode() + b"\n")
+
+    def rekey(self, what: str) -> None:
+        """Rekey the IKE SA ("ike") or its Child SA ("child")."""
+        os.write(self._commands, f"rekey {what}\n".encode())
 
     def wait_for(self, kind: str, timeout_s: float = WAIT_S) -> str:
         """The next event of that class. Raises TimeoutError."""
@@ -111,7 +115,7 @@ class Gateway:
         endpoint.set_credentials([self._credential])
 
         def tell(output: Output) -> None:
-            if isinstance(output, SaEstablished | SaClosed | SaFailed | SaMoved):
+            if isinstance(output, SaEstablished | SaClosed | SaFailed | SaMoved | SaRekeyed | ChildRekeyed):
                 os.write(writer, f"{type(output).__name__} {output!r}\n".replace("\n", " ").encode() + b"\n")
 
         driver = IkeDriver(endpoint, underlay, plane, tell)
@@ -130,6 +134,14 @@ class Gateway:
             line = await orders.get()
             if not line:
                 return
+            if line.startswith(b"rekey"):
+                (sa,) = endpoint.sa_ids()
+                if line.endswith(b"ike\n"):
+                    driver.post(lambda now, sa=sa: endpoint.rekey(sa, now))
+                else:
+                    (child,) = endpoint.view(sa).child_ids
+                    driver.post(lambda now, sa=sa, child=child: endpoint.rekey_child(sa, child, now))
+                continue
             request = Initiate(
                 credential=self._credential,
                 path=any_local(Endpoint.of(line.decode().strip(), PORT), PORT),

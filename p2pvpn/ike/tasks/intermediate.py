@@ -87,9 +87,9 @@ class MixRequest(Task):
         keys = handshake.keys
         chain = (message.inner_first, message.inner)
         handshake.int_auth_r = int_auth(keys.prf, keys.pr, handshake.int_auth_r, message.header, chain)
-        sa.mix(_mixed(sa, secret))
         if not handshake.pending:
             sa.advance(Step.KEYED)
+        sa.mix(_mixed(sa, secret))
         sa.requests.add_first(next_request(sa, self._request))
         return Verdict.DONE
 
