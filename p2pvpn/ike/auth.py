@@ -111,6 +111,26 @@ def peer_hashes(notify: Notify | None) -> frozenset[int]:
     return frozenset(int.from_bytes(data[at : at + 2], "big") for at in range(0, len(data) - 1, 2))
 
 
+def methods_notify() -> Notify:
+    """SUPPORTED_AUTH_METHODS with the signatures that we verify (RFC 9593 section 3.2.3); of PSS only the first."""
+    out = b""
+    for scheme in Scheme:
+        if scheme not in (Scheme.RSA_PSS_SHA384, Scheme.RSA_PSS_SHA512):
+            identifier = algorithm_identifier(scheme)
+            out += bytes([3 + len(identifier), 0, AuthMethod.DIGITAL_SIGNATURE]) + identifier
+    return Notify(NotifyType.SUPPORTED_AUTH_METHODS, out)
+
+
+def announced_methods(notify: Notify | None) -> frozenset[bytes]:
+    """The AlgorithmIdentifiers of a peer's SUPPORTED_AUTH_METHODS; what does not fit ends the list."""
+    data, found = b"" if notify is None else notify.data, set[bytes]()
+    while len(data) >= 2 and 2 <= data[0] <= len(data):
+        if data[0] > 3 and data[2] == AuthMethod.DIGITAL_SIGNATURE:
+            found.add(data[3 : data[0]])
+        data = data[data[0] :]
+    return frozenset(found)
+
+
 def signed_octets(
     prf: Prf, own_message: bytes, other_nonce: bytes, sk_p: Secret, own_id: IkeId, *, int_auth: bytes = b""
 ) -> bytes:
@@ -132,13 +152,15 @@ def shared_key_auth(prf: Prf, psk: Secret, octets: bytes) -> Authentication:
     return Authentication(AuthMethod.SHARED_KEY, prf(prf(psk.reveal(), _KEY_PAD), octets))
 
 
-def sign(credential: Credential, hashes: Iterable[int], octets: bytes) -> Authentication:
-    """AUTH with the first of the credential's schemes that the peer understands.
+def sign(
+    credential: Credential, hashes: Iterable[int], octets: bytes, methods: frozenset[bytes] = frozenset()
+) -> Authentication:
+    """AUTH with the first of the credential's schemes that the peer understands; those it named (`methods`) come first.
 
     A peer that announced no hashes gets methods 9, 10 or 1. Raises LocalError when no scheme will do.
     """
     known = set(hashes)
-    for scheme in credential.schemes:
+    for scheme in sorted(credential.schemes, key=lambda one: algorithm_identifier(one) not in methods):
         if hash_id(scheme) in known:
             identifier = algorithm_identifier(scheme)
             data = bytes([len(identifier)]) + identifier + credential.sign(scheme, octets)

@@ -18,6 +18,7 @@ from p2pvpn.crypto.signatures import PublicKey, Scheme
 
 from .codes import IdKind
 from .keylog import KeySink
+from .lease import Lease
 from .notifies import Notify
 from .proposals import IkeCipher
 
@@ -91,6 +92,12 @@ class Credential:
     verify: Callable[[IkeId, tuple[bytes, ...]], RemoteIdentity]
     local_blocks: tuple[Selector, ...]
     psk: Secret | None = None
+    ppk: tuple[bytes, Secret] | None = None
+    """The name of a postquantum preshared key and the key (RFC 8784); mixed in when the peer has it too."""
+    ppk_required: bool = False
+    """Nobody without that key."""
+    lease: Callable[[RemoteIdentity], Lease | None] | None = None
+    """What a client that asks for addresses gets; None when there is none left."""
     auth_notifies: Callable[[], tuple[Notify, ...]] = _no_notifies
 
 
@@ -109,6 +116,10 @@ class Initiate:
     remote: tuple[Selector, ...] = ()
     childless: bool = False
     tag: object = None
+    initial_contact: bool = False
+    """Say that we know of no other SA with this peer: it forgets the others of the same two identities."""
+    request_lease: bool = False
+    """Ask for addresses; SaEstablished has what was given."""
 
 
 def _never(_endpoint: Endpoint) -> bool:
@@ -197,6 +208,8 @@ class IkeSettings:
     """UDP payload of a fragment, non-ESP marker included: an IPv6 packet of 1280 bytes, that every path carries."""
     message_bytes: int = 32768
     """Of a message put together from fragments; a long certificate chain has about 10,000."""
+    redirect: Callable[[Path], IpAddress | None] | None = None
+    """Where to send a client that begins over a path, None to serve it (RFC 5685)."""
     fake_nat: bool = True
     """Say that we are behind a NAT, so that the peer's ESP comes in UDP (module `nat`)."""
     request_certificates: bool = True

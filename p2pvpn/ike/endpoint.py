@@ -44,7 +44,7 @@ from .outputs import Refused
 from .payloads import MAX_NONCE_BYTES, MIN_NONCE_BYTES, Notification
 from .rules import check_untrusted
 from .sa import IkeSa
-from .states import State
+from .states import State, Step
 from .tasks import init
 from .tasks.task import Received, Refusal
 
@@ -327,7 +327,7 @@ class IkeEndpoint:
         """
         message = parse_clear_untrusted(data)
         check_untrusted(message)
-        choice = init.choose_untrusted(self._local.settings, message)
+        choice = init.choose_untrusted(self._local.settings, message, path)
         header = message.header
         sa = IkeSa(self._local, self._next_id(), path, initiator=False, spi_i=header.spi_i, spi_r=self._fresh_spi())
         sa.answer_init(init.answer(sa, Received(message, path, data), choice), path, now)
@@ -388,12 +388,28 @@ class IkeEndpoint:
         for one in family:
             out += one.drain()
             self._add(one)
+        if sa.contact_is_initial and sa.state is State.ESTABLISHED:
+            sa.contact_is_initial = False
+            out += self._forget_others(sa, now)
         for one in family:
             if one.state is State.CLOSED:
                 self._forget(one)
             else:
                 self._schedule(one)
         return [one for one in out if not isinstance(one, Refused) or self._refusals.take(now)]
+
+    def _forget_others(self, sa: IkeSa, now: float) -> list[Output]:
+        """INITIAL_CONTACT: SAs of the same two authenticated identities are gone at the other end."""
+        out: list[Output] = []
+        for other in list(self._by_id.values()):
+            if other is sa or other.silent or other.state is not State.ESTABLISHED:
+                continue
+            if other.remote is None or sa.remote is None or other.remote.id != sa.remote.id:
+                continue
+            if other.credential is not None and other.credential is sa.credential:
+                other.end(Step.DROPPED, "the peer began anew", now)
+                out += self._collect(other, now)
+        return out
 
     def _leave_half_open(self, sa: IkeSa) -> None:
         source = self._source_of.pop(sa.id, None)

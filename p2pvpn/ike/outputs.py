@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from p2pvpn.core.address import Path
+from p2pvpn.core.address import IpAddress, Path
 from p2pvpn.core.child import ChildSa
 from p2pvpn.core.output import Effect, Event
 
 from .config import RemoteIdentity
+from .lease import Lease
 from .notifies import Notify
 
 
@@ -67,6 +68,17 @@ class SaEstablished(Event):
     notifies: tuple[Notify, ...]
     tag: object
     at: float
+    lease: Lease | None = None
+    """What the client has from the gateway; released by the engine after SaClosed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Redirected(Event):
+    """The peer sends us to another gateway. While an SA is being set up (`followed`) the attempt went there already."""
+
+    sa: int
+    gateway: IpAddress
+    followed: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -108,6 +108,8 @@ class IkeSa:
         self.creating: Creation | None = None
         self.half: Half | None = None
         self.after_answer: IkeSa | None = None
+        self.contact_is_initial = False
+        """The authenticated peer knows of no other SA with us."""
         self.requests = Requests(local.settings.queue_max)
         self.answers = Answers()
         self._channel = Channel(local.settings)
@@ -297,6 +299,11 @@ class IkeSa:
         self.keys = self.handshake.keys = keys
         self._channel.protect(keys, self.initiator)
         self._log_keys(keys, last=self.state in (State.AUTH_SENT, State.INIT_ANSWERED))
+
+    def use_keys(self, keys: IkeKeys) -> None:
+        """Others of SK_d and SK_p; what protects messages stays as it is (RFC 8784 section 3)."""
+        assert self.handshake is not None
+        self.keys = self.handshake.keys = keys
 
     def _log_keys(self, keys: IkeKeys, *, last: bool) -> None:
         """For the key log, if there is one; Wireshark takes one line for each pair of SPIs."""

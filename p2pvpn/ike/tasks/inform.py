@@ -10,8 +10,9 @@ from p2pvpn.ike.codes import Exchange, Protocol
 from p2pvpn.ike.config import IkeSettings
 from p2pvpn.ike.message import Message, notifications
 from p2pvpn.ike.notifies import Notify, NotifyType
-from p2pvpn.ike.outputs import ChildClosed, ChildRekeyed, Informed, Liveness, RemoveChild, UseChild
+from p2pvpn.ike.outputs import ChildClosed, ChildRekeyed, Informed, Liveness, Redirected, RemoveChild, UseChild
 from p2pvpn.ike.payloads import Delete, Payload
+from p2pvpn.ike.redirect import parse_redirect_untrusted
 from p2pvpn.ike.states import Step
 
 from .mobike import answer_update
@@ -79,6 +80,9 @@ def answer(sa: IkeSa, received: Received, now: float) -> Reply:
     payloads, then = _answer_delete(sa, message, now)
     payloads += notifications(_echo(message))
     payloads += notifications(answer_update(sa, received, then, now))
+    gateway = message.notify(NotifyType.REDIRECT)
+    if gateway is not None:
+        then.append(Redirected(sa.id, parse_redirect_untrusted(gateway.data)[0], False))
     told = tuple(one for one in message.notifies if one.is_for_the_engine)
     if told:
         then.append(Informed(sa.id, told))

@@ -6,12 +6,13 @@ waiting for a true answer, and a responder keeps no state for what it refuses.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from p2pvpn.core.address import Endpoint, Path
 from p2pvpn.core.errors import TrustError, WireError
 from p2pvpn.crypto.kex import KexMethod, KeyExchange, generate, respond
-from p2pvpn.ike.auth import hash_notify, peer_hashes
+from p2pvpn.ike.auth import announced_methods, hash_notify, methods_notify, peer_hashes
 from p2pvpn.ike.codes import CERT_X509_SIGNATURE, Exchange
 from p2pvpn.ike.config import IkeSettings, Initiate, Local
 from p2pvpn.ike.cookies import MAX_COOKIE_BYTES
@@ -19,8 +20,10 @@ from p2pvpn.ike.keys import IkeKeys, expand, skeyseed
 from p2pvpn.ike.message import NO_SPI, Message, notifications
 from p2pvpn.ike.nat import HASH_BYTES, detection_notifies, local_nat, remote_nat
 from p2pvpn.ike.notifies import Notify, NotifyType
+from p2pvpn.ike.outputs import Redirected
 from p2pvpn.ike.payloads import CertificateRequest, KeyExchangeData, Nonce, Payload, SecurityAssociation
 from p2pvpn.ike.proposals import Allowed, IkeSuite, Proposal, choose_ike, chosen_ike_untrusted, offers_ike
+from p2pvpn.ike.redirect import MAX_REDIRECTS, parse_redirect_untrusted, redirect_notify, redirected_from
 from p2pvpn.ike.states import Step
 
 from .intermediate import next_request
@@ -76,6 +79,11 @@ class PeerFeatures:
     mobike: bool = False
     childless: bool = False
     intermediate: bool = False
+    ppk: bool = False
+    ppk_used: bool = False
+    redirect: bool = False
+    methods: frozenset[bytes] = frozenset()
+    """AlgorithmIdentifiers that the peer verifies, as far as it told (RFC 9593)."""
     hashes: frozenset[int] = frozenset()
     authorities: frozenset[bytes] = frozenset()
     local_nat: bool = False
@@ -89,6 +97,9 @@ class PeerFeatures:
             fragmentation=message.notify(NotifyType.IKEV2_FRAGMENTATION_SUPPORTED) is not None,
             childless=message.notify(NotifyType.CHILDLESS_IKEV2_SUPPORTED) is not None,
             intermediate=_knows_intermediate(message),
+            ppk=message.notify(NotifyType.USE_PPK) is not None,
+            redirect=message.notify(NotifyType.REDIRECT_SUPPORTED) is not None,
+            methods=announced_methods(message.notify(NotifyType.SUPPORTED_AUTH_METHODS)),
             hashes=peer_hashes(message.notify(NotifyType.SIGNATURE_HASH_ALGORITHMS)),
             authorities=frozenset[bytes]().union(*(one.authorities for one in asked)),
             local_nat=bool(local_nat(message, spi_i, spi_r, received.path)),
@@ -118,6 +129,7 @@ class InitRequest(Task):
         self._packets: dict[KexMethod, bytes] = {}
         self._cookie = b""
         self._cookies = 0
+        self._came_from: list[Endpoint] = []
 
     def tries(self, settings: IkeSettings) -> int:
         return settings.setup_tries
@@ -134,6 +146,9 @@ class InitRequest(Task):
             Nonce(self._nonce),
             *notifications(detection_notifies(sa.spi_i, NO_SPI, self._request.path, self._fake)),
             *notifications(_features(sa.local.settings)),
+            *notifications([Notify(NotifyType.REDIRECT_SUPPORTED)] if not self._came_from else []),
+            *notifications([redirected_from(one) for one in self._came_from[-1:]]),
+            *notifications([Notify(NotifyType.USE_PPK)] if self._request.credential.ppk else []),
         ]
 
     def sent(self, packet: bytes) -> None:
@@ -162,9 +177,27 @@ class InitRequest(Task):
             if group is not None and group not in self._shares:
                 self._group = group
                 return self._again(sa)
+        redirect = message.notify(NotifyType.REDIRECT)
+        if redirect is not None:
+            return self._redirected_untrusted(sa, redirect)
         if message.error is not None:
             sa.doubt(str(message.error), now)
         return Verdict.IGNORED
+
+    def _redirected_untrusted(self, sa: IkeSa, notify: Notify) -> Verdict:
+        """Begins anew elsewhere. Whoever knows our nonce may say so; it is AUTH that counts (RFC 5685 section 9)."""
+        gateway, nonce = parse_redirect_untrusted(notify.data)
+        if nonce != self._nonce or len(self._came_from) == MAX_REDIRECTS:
+            return Verdict.IGNORED
+        self._came_from.append(sa.path.remote)
+        sa.path = sa.path._replace(remote=Endpoint.of(str(gateway), sa.path.remote.port))
+        self._request = replace(self._request, path=sa.path)
+        self._nonce = sa.local.entropy(NONCE_BYTES)
+        self._shares.clear()
+        self._packets.clear()
+        self._cookie, self._cookies = b"", 0
+        sa.emit(Redirected(sa.id, gateway, True))
+        return self._again(sa)
 
     def _again(self, sa: IkeSa) -> Verdict:
         sa.advance(Step.RETRY)
@@ -195,6 +228,9 @@ class InitRequest(Task):
         if self._request.childless and not sa.peer.childless:
             sa.end(Step.DROPPED, "the responder makes no IKE SA without a Child SA", now)
             return Verdict.DONE
+        if self._request.credential.ppk_required and not sa.peer.ppk:
+            sa.end(Step.DROPPED, "the responder has no postquantum preshared key", now)
+            return Verdict.DONE
         sa.requests.add_first(next_request(sa, self._request))
         return Verdict.DONE
 
@@ -209,10 +245,16 @@ class InitChoice:
     their_share: bytes
 
 
-def choose_untrusted(settings: IkeSettings, message: Message) -> InitChoice:
-    """What to answer. Raises Refusal: NO_PROPOSAL_CHOSEN, or INVALID_KE_PAYLOAD with the group we want."""
+def choose_untrusted(settings: IkeSettings, message: Message, path: Path) -> InitChoice:
+    """What to answer. Raises Refusal: NO_PROPOSAL_CHOSEN, REDIRECT, or INVALID_KE_PAYLOAD with the group we want."""
     share = message.one(KeyExchangeData)
     proposals = message.one(SecurityAssociation).proposals
+    gateway = None
+    if settings.redirect is not None and message.notify(NotifyType.REDIRECT_SUPPORTED) is not None:
+        gateway = settings.redirect(path)
+    if gateway is not None:
+        notify = redirect_notify(gateway, message.one(Nonce).data)
+        raise Refusal("another gateway has more room", NotifyType.REDIRECT, notify.data)
     additional = settings.known_additional if _knows_intermediate(message) else ()
     allowed = Allowed(settings.ciphers, settings.prfs, settings.kexes, additional, sent_group=share.group)
     found = choose_ike(proposals, allowed)
@@ -247,7 +289,10 @@ def answer(sa: IkeSa, received: Received, choice: InitChoice) -> list[Payload]:
         *notifications(detection_notifies(sa.spi_i, sa.spi_r, received.path, fake)),
         *_certificate_requests(local),
         *notifications(_features(local.settings, sa.peer)),
-        *notifications([Notify(NotifyType.CHILDLESS_IKEV2_SUPPORTED)]),
+        *notifications([Notify(NotifyType.CHILDLESS_IKEV2_SUPPORTED), methods_notify()]),
+        *notifications(
+            [Notify(NotifyType.USE_PPK)] if sa.peer.ppk and any(one.ppk for one in local.credentials) else []
+        ),
     ]
 
 
