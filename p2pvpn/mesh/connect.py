@@ -8,6 +8,7 @@ any other peer              call it through a hub, bind our side of the relay, r
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv6Address
 from typing import TYPE_CHECKING, Protocol
@@ -20,6 +21,10 @@ from .services import Services
 
 if TYPE_CHECKING:
     from .directory import Locator
+
+
+MAX_CALLS = 3
+"""Of one attempt; the next one follows after the back-off."""
 
 
 class ConnectError(P2pvpnError):
@@ -55,11 +60,13 @@ class Attempt:
         if not self.done.done():
             self.done.set_exception(ConnectError("IKE", reason))
 
-    def abandon(self, services: Services) -> None:
-        """Forget the exchange without a word."""
+    def begin_again(self, services: Services) -> None:
+        """Forget the exchange without a word; another may begin."""
         if self.sa_id is not None and not self.done.done():
             services.ike.drop(self.sa_id, "abandoned")
         self.done.cancel()
+        self.done = _outcome()
+        self.sa_id = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +86,10 @@ class Finder(Protocol):
 
     async def locate(self, overlay: IPv6Address) -> Located: ...
 
-    async def relay_to(self, locator: Locator) -> RelayPath:
-        """Call the peer: a relay that we bind to, with the peer invited to the other side. Raises ConnectError."""
+    async def relay_to(self, locator: Locator, tried: Sequence[str]) -> RelayPath:
+        """Call the peer: a relay that we bind to, with the peer invited to the other side. Hubs at addresses that were
+        `tried` are asked last. Raises ConnectError.
+        """
         ...
 
     async def relay_anew(self, overlay: IPv6Address, dead: Endpoint) -> RelayPath:
@@ -104,11 +113,29 @@ async def connect(finder: Finder, services: Services, attempt: Attempt, relay: R
         located = await finder.locate(attempt.overlay)
         if await _dial_all(finder, services, attempt, located) or finder.is_connected(attempt.overlay):
             return
-        assert located.locator is not None
-        relay = await finder.relay_to(located.locator)
+        await _dial_by_call(finder, services, attempt, located)
+    else:
+        await _dial_over(finder, services, attempt, relay, services.tuning.connect_timeout_s)
+
+
+async def _dial_by_call(finder: Finder, services: Services, attempt: Attempt, located: Located) -> None:
+    """Call the peer, and when it does not come, call it through another hub: the first may know an old place of it."""
+    assert located.locator is not None
+    tried: list[str] = []
+    while True:
+        relay = await finder.relay_to(located.locator, tried)
         if finder.is_connected(attempt.overlay):
             return
-    await _dial_over(finder, services, attempt, relay)
+        try:
+            await _dial_over(finder, services, attempt, relay, services.tuning.relay_dial_timeout_s)
+            return
+        except ConnectError:
+            tried.append(relay.endpoint.host)
+            attempt.begin_again(services)
+            if finder.is_connected(attempt.overlay):
+                return
+            if len(tried) >= MAX_CALLS:
+                raise
 
 
 async def _dial_all(finder: Finder, services: Services, attempt: Attempt, located: Located) -> bool:
@@ -122,13 +149,11 @@ async def _dial_all(finder: Finder, services: Services, attempt: Attempt, locate
         except ConnectError:
             if located.is_hub and endpoint == located.endpoints[-1]:
                 raise
-            attempt.abandon(services)
-            attempt.done = _outcome()
-            attempt.sa_id = None
+            attempt.begin_again(services)
     return False
 
 
-async def _dial_over(finder: Finder, services: Services, attempt: Attempt, relay: RelayPath) -> None:
+async def _dial_over(finder: Finder, services: Services, attempt: Attempt, relay: RelayPath, timeout_s: float) -> None:
     """IKE goes out right behind the bind, which the relay takes at once when it knows our address; if it did not, the
     first message was lost, and goes again when the relay is bound.
     """
@@ -139,4 +164,4 @@ async def _dial_over(finder: Finder, services: Services, attempt: Attempt, relay
 
     attempt.path = relay.path
     relay.when_bound(bound, lambda: attempt.fail("the relay does not answer"))
-    await finder.dial(attempt, services.tuning.connect_timeout_s)
+    await finder.dial(attempt, timeout_s)

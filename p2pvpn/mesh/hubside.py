@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable
 from ipaddress import IPv6Address
-from typing import Any, Protocol
+from typing import Protocol
 
 from p2pvpn.core.address import Endpoint, IpAddress
 from p2pvpn.core.errors import LocalError, P2pvpnError, TrustError
@@ -44,10 +44,8 @@ class Refusal:
     UNTRUSTED = 37
 
 
-FORWARD_TRIES = 3
-"""Hubs of the target that are asked."""
-FORWARD_STAGGER_S = 0.1
-"""A hub that takes longer to answer is not waited for: the next one is asked too."""
+FORWARD_HUBS = 3
+"""Hubs of the target that are asked to tell it; it ignores the second word of the same relay."""
 FORWARD_TIMEOUT_S = 1.5
 """For each of them; the caller waits twice as long."""
 USAGE_POLL_S = 10.0
@@ -207,31 +205,31 @@ class HubSide:
             return  # The caller's IKE retransmits, and its next attempt tries another hub.
 
     async def _forward(self, call: Call, meet: Meet) -> IpAddress | None:
-        """Have the target told by a hub of its own; returns where that hub sees it."""
+        """Have the target told by its hubs, all of them, as one may not know yet that it is gone from there. Returns
+        where the first that answers sees it.
+        """
         registry = self._registry
         overlays = [registry.standing.overlay_of(hub) for hub in call.hubs if hub != registry.standing.me.peer_id]
-        hubs = sorted(filter(registry.is_hub, overlays), key=self._rpc.is_silent)[:FORWARD_TRIES]
         args = ForwardCall(call.target, meet).encode()
+        asking = {
+            self._services.tasks.start(self._forward_to(overlay, args), f"forward to {overlay}")
+            for overlay in list(filter(registry.is_hub, overlays))[:FORWARD_HUBS]
+        }
         problem = "no hub knows the peer"
-        asking: set[asyncio.Task[Any]] = set()
-        try:
-            while hubs or asking:
-                if hubs:
-                    request = self._rpc.request(hubs.pop(0), FORWARD, args, timeout=FORWARD_TIMEOUT_S)
-                    asking.add(asyncio.create_task(request, name="forward"))
-                done, asking = await asyncio.wait(
-                    asking, timeout=FORWARD_STAGGER_S if hubs else None, return_when=asyncio.FIRST_COMPLETED
-                )
-                for task in done:
-                    try:
-                        return decode_address_untrusted(await task)
-                    except P2pvpnError as refusal:
-                        problem = f"the peer could not be told: {refusal}"
-        finally:
-            for task in asking:
-                task.cancel()
-            await asyncio.gather(*asking, return_exceptions=True)
+        while asking:
+            done, asking = await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                answer: IpAddress | P2pvpnError | None = task.result()
+                if not isinstance(answer, P2pvpnError):
+                    return answer
+                problem = f"the peer could not be told: {answer}"
         raise RpcRefusedError(Refusal.ABSENT, problem)
+
+    async def _forward_to(self, hub: IPv6Address, args: list[object]) -> IpAddress | P2pvpnError | None:
+        try:
+            return decode_address_untrusted(await self._rpc.request(hub, FORWARD, args, timeout=FORWARD_TIMEOUT_S))
+        except P2pvpnError as problem:
+            return problem
 
     async def _on_forward(self, sender: IPv6Address, args: object) -> bytes:
         forward = ForwardCall.decode_untrusted(args)

@@ -290,11 +290,11 @@ class Network:
         session = self.sessions.get(overlay)
         return session is not None and session.connected
 
-    async def relay_to(self, locator: Locator) -> RelayPath:
-        return await self.rendezvous.relay_to(locator)
+    async def relay_to(self, locator: Locator, tried: Sequence[str]) -> RelayPath:
+        return await self.rendezvous.relay_to(locator, tried)
 
     async def relay_anew(self, overlay: IPv6Address, dead: Endpoint) -> RelayPath:
-        return await self.rendezvous.relay_to(await self.directory.locator(overlay), dead=dead)
+        return await self.rendezvous.relay_to(await self.directory.locator(overlay), [dead.host], resume=True)
 
     async def dial(self, attempt: Attempt, timeout_s: float) -> None:
         """Run IKE over the attempt's path. Raises ConnectError."""

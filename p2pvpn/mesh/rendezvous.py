@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ipaddress import IPv6Address
 
-from p2pvpn.core.address import Endpoint
 from p2pvpn.core.errors import P2pvpnError, TrustError
 from p2pvpn.dht.rpc import Code, RpcNode, RpcRefusedError
 
@@ -50,14 +49,14 @@ class Rendezvous:
         self._emit = emit
         rpc.register(MEET, self._on_meet)
 
-    async def relay_to(self, locator: Locator, *, dead: Endpoint | None = None) -> RelayPath:
-        """Call a peer through our hubs, those it is attached to first. Raises ConnectError.
+    async def relay_to(self, locator: Locator, tried: Sequence[str], *, resume: bool = False) -> RelayPath:
+        """Call a peer through our hubs, to `resume` a live SA or for a new one. Raises ConnectError.
 
-        With `dead`, for a live SA whose path to there died: a hub at that address is asked last.
+        Hubs that the peer is attached to are asked first, hubs at addresses that were `tried` last.
         """
         overlay = self._standing.overlay_of(locator.peer_id)
-        call = Call(locator.peer_id, locator.hubs, self._standing.me.certificate, dead is not None)
-        hubs = sorted(self._attachments.connected(), key=lambda hub: self._rank(hub, locator, dead))
+        call = Call(locator.peer_id, locator.hubs, self._standing.me.certificate, resume)
+        hubs = sorted(self._attachments.connected(), key=lambda hub: self._rank(hub, locator, tried))
         problem = "no hub is attached"
         asking: set[asyncio.Task[tuple[RelayPath, Invitation]]] = set()
         try:
@@ -82,10 +81,10 @@ class Rendezvous:
         self._directory.forget(overlay)
         raise ConnectError("call", problem)
 
-    def _rank(self, hub: Hub, locator: Locator, dead: Endpoint | None) -> tuple[bool, bool, bool]:
+    def _rank(self, hub: Hub, locator: Locator, tried: Sequence[str]) -> tuple[int, bool, bool]:
         host = self._host_of(hub.overlay)
         silent = self._rpc.is_silent(hub.overlay) or self._session(hub.overlay).is_doubtful
-        return dead is not None and dead.host == host, silent, hub.peer_id not in locator.hubs
+        return tried.count(host or ""), silent, hub.peer_id not in locator.hubs
 
     def _host_of(self, hub: IPv6Address) -> str | None:
         """Where our tunnel to a hub goes."""

@@ -18,6 +18,8 @@ class Tuning:
     """Every failure is tried again, with doubling pauses; a change of the network starts over at the first."""
     direct_dial_timeout_s: float = 1.0
     """How long a published address may stay silent before the call through a hub begins."""
+    relay_dial_timeout_s: float = 2.5
+    """How long a called peer may take to begin IKE over the relay before it is called through another hub."""
     connect_timeout_s: float = 15.0
     """An attempt that took longer is over; packets that waited are gone by then."""
     relay_bind_timeout_s: float = 3.0

@@ -30,14 +30,14 @@ def test_any_pair_of_nats_connects_and_goes_direct_where_the_oracle_says_so(nat_
     life.run(story())
 
 
-def test_the_first_packet_waits_five_round_trips_over_the_relay() -> None:
+def test_the_first_packet_is_answered_within_six_round_trips_over_the_relay() -> None:
     life = Life(1)
 
     async def story() -> None:
         report = await life.ping(life.a, life.b, count=1)
         relayed_round_trip_s = 0.081
         assert report.first_answer_s is not None
-        assert report.first_answer_s < 5 * relayed_round_trip_s
+        assert report.first_answer_s < 5.5 * relayed_round_trip_s
 
     life.run(story())
 

@@ -193,3 +193,17 @@ def test_both_ends_agree_on_the_direct_path_after_a_time_of_heavy_loss(seed: int
         assert life.path(life.a, life.b) == life.path(life.b, life.a) == "direct"
 
     life.run(story())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_peer_that_a_hub_wrongly_believes_to_be_there_is_called_through_another(seed: int) -> None:
+    for hub in range(3):
+        life = Life(60 + seed)
+
+        async def story(life: Life = life, hub: int = hub) -> None:
+            life.world.cut([life.hubs[hub]], [life.b])
+            report = await life.ping(life.a, life.b, count=250, interval_s=0.02)
+            assert report.first_answer_s is not None
+            assert report.first_answer_s < 4
+
+        life.run(story())
