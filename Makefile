@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 CORES := p2pvpn/core/*,p2pvpn/crypto/*,p2pvpn/identity/*,p2pvpn/dht/*,p2pvpn/punch/*,p2pvpn/ike/*,p2pvpn/esp/*,p2pvpn/relay/*
 
-.PHONY: help demo test check lint unit coverage bench upgrades fresh clean
+.PHONY: help demo test check lint unit coverage bench sim upgrades fresh clean
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -39,6 +39,9 @@ bench: $(VENV)/.test ## throughput side by side with peers
 coverage: $(VENV)/.test ## branch coverage of the quick tests, with a floor for the protocol cores
 	$(BIN)/coverage run -m pytest -q -m "not netns and not stranger"
 	$(BIN)/coverage report --fail-under=94 --include='$(CORES)'
+
+sim: $(VENV)/.test ## the simulated Internet, seeds 1-20: ARGS="--seeds 7 --churn 0.1"
+	@$(BIN)/python -m tools.sim $(ARGS)
 
 upgrades: $(VENV)/.test ## twenty upgrades and fall-backs at 1,000 packets a second each way
 	$(BIN)/python -m tools.upgrades $(ARGS)

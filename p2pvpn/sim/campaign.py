@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+from p2pvpn.core.errors import LocalError
 from p2pvpn.mesh.events import Called, ConnectFailed, Located, MeshEvent, PathChanged, PeerConnected
 from p2pvpn.mesh.network import Network
 from p2pvpn.mesh.node import Node
@@ -268,6 +269,10 @@ class Campaign:
             case ConnectFailed():
                 counts["failed_attempts"] += 1
 
+    def _is_calm(self, plan: PairPlan) -> bool:
+        """Whether nothing went wrong around a pair: then it is judged by the clock, else by the end."""
+        return not self.plan.trouble.cut_s and self._troubled.isdisjoint(plan.names)
+
     def _fail(self, text: str, *pairs: PairPlan) -> None:
         self.result.failures.append(text)
         self.result.suspects.extend(pair for pair in pairs if pair not in self.result.suspects)
@@ -295,7 +300,7 @@ class Campaign:
         pair = PairResult(plan, self.world.verdict(caller, callee))
         self.result.pairs.append(pair)
         await asyncio.sleep(plan.at_s)
-        await self._until(lambda: caller.host.is_running and callee.host.is_running, 2 * RESTART_S)
+        await self._until(lambda: _is_up(caller) and _is_up(callee), 2 * RESTART_S)
         began = self.world.loop.time()
         there = Pinger(caller.host, callee.overlay, count=PINGS, interval_s=PING_INTERVAL_S)
         back = Pinger(callee.host, caller.overlay, count=PINGS, interval_s=PING_INTERVAL_S) if plan.mutual else None
@@ -303,13 +308,13 @@ class Campaign:
             if pinger is not None:
                 await _survive(pinger)
         pair.first_answer_s = there.report.first_answer_s
-        if self._troubled.isdisjoint(plan.names) and pair.first_answer_s is None:
+        if self._is_calm(plan) and pair.first_answer_s is None:
             self._fail(f"{plan.caller} got no answer from {plan.callee} to {PINGS} packets", plan)
         await self._settled(pair, caller, callee, began)
         pair.reached = await self._reach(caller, callee, REACH_S) is not None
         if not pair.reached:
             self._fail(f"{plan.caller} does not reach {plan.callee} in the end", plan)
-        elif pair.first_answer_s is None and not self._troubled.isdisjoint(plan.names):
+        elif pair.first_answer_s is None:
             pair.first_answer_s = self.world.loop.time() - began
 
     async def _settled(self, pair: PairResult, caller: Machine, callee: Machine, began: float) -> None:
@@ -321,7 +326,7 @@ class Campaign:
         if pair.is_direct:
             at = [self._direct_at.get(names) for names in (pair.plan.names, pair.plan.names[::-1])]
             pair.direct_s = max(0.0, max(began if one is None else one for one in at) - began)
-        elif pair.verdict is Verdict.DIRECT and self._troubled.isdisjoint(pair.plan.names):
+        elif pair.verdict is Verdict.DIRECT and self._is_calm(pair.plan):
             ways = " and ".join(str(self._path(*ends)) for ends in ((caller, callee), (callee, caller)))
             self._fail(
                 f"{pair.plan.caller} and {pair.plan.callee} can be direct and are {ways} after {SETTLE_S:g} s",
@@ -332,7 +337,7 @@ class Campaign:
         """Seconds until a packet is answered."""
         began = self.world.loop.time()
         while self.world.loop.time() - began < limit_s:
-            if not (caller.host.is_running and callee.host.is_running):
+            if not (_is_up(caller) and _is_up(callee)):
                 await asyncio.sleep(POLL_S)
                 began += POLL_S
                 continue
@@ -354,7 +359,9 @@ class Campaign:
         machine.host.restart()
         await self._start(machine)
         friends = [
-            pair for pair in self.plan.pairs if plan.name in pair.names and pair.at_s < plan.crash_at_s - SETTLE_S
+            pair
+            for pair in self.plan.pairs
+            if plan.name in pair.names and pair.at_s < plan.crash_at_s - PINGS * PING_INTERVAL_S
         ]
         for pair in friends[:3]:
             other = self.world.machines[next(name for name in pair.names if name != plan.name)]
@@ -393,10 +400,17 @@ class Campaign:
         self.world.internet.heal()
 
 
+def _is_up(machine: Machine) -> bool:
+    """Whether there is an engine on it with its network open."""
+    return machine.host.is_running and bool(machine.host.plane.stacks)
+
+
 async def _survive(pinger: Pinger) -> None:
     """Wait for the end of a run, which may be its host's."""
     try:
         await pinger.done()
+    except LocalError:
+        return
     except asyncio.CancelledError:
         task = asyncio.current_task()
         if task is not None and task.cancelling():
