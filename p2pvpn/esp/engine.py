@@ -351,6 +351,10 @@ class EspEngine:
         child = sa.child
         return _new_tuple(Delivered, (child.network, child.id, inner, moved))
 
+    def inbound_spis(self) -> list[int]:
+        """SPIs of all SAs that take packets."""
+        return [int.from_bytes(spi, "big") for spi in self._by_spi]
+
     def inbound_sa(self, spi: bytes) -> InboundSa | None:
         """The SA of a batch of datagrams; None when `inbound` must look at each."""
         return self._by_spi.get(spi)

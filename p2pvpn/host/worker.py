@@ -30,6 +30,7 @@ from p2pvpn.core.errors import LocalError
 from p2pvpn.esp.engine import Delivered, EspEngine, Reason, Refused, Sealed, TooBig, Trapped
 
 from .sender import Sender
+from .spi_filter import SpiFilter
 from .tun import Tun
 from .udp import ANCILLARY_BYTES, MAX_DATAGRAM_BYTES, received
 from .worker_messages import (
@@ -66,6 +67,7 @@ class Worker:
         control.setblocking(False)
         self._epoll.register(control.fileno(), select.EPOLLIN)
         self._handlers: dict[int, Callable[[], None]] = {control.fileno(): self._on_control}
+        self._filter = SpiFilter(esp_sockets)
         for sock in esp_sockets:
             self._epoll.register(sock.fileno(), select.EPOLLIN)
             self._handlers[sock.fileno()] = functools.partial(self._on_esp, sock)
@@ -73,7 +75,9 @@ class Worker:
     def run(self) -> None:
         """Serve until the control channel ends."""
         while self._alive:
-            for fd, events in self._epoll.poll():
+            if self._filter.wait_s() == 0.0:
+                self._filter.settle(self._engine.inbound_spis())
+            for fd, events in self._epoll.poll(self._filter.wait_s()):
                 if fd in self._tuns:
                     if events & select.EPOLLERR:
                         raise SystemExit("somebody removed the TUN device")
@@ -241,12 +245,14 @@ class Worker:
                 self._close_network(arguments[0])
             case Op.INSTALL:
                 engine.install(child_of(arguments))
+                self._filter.changed(added=True)
             case Op.USE:
                 engine.use(arguments[0])
             case Op.MOVE:
                 engine.move(arguments[0], path_of(arguments[1:]))
             case Op.REMOVE:
                 engine.remove(arguments[0])
+                self._filter.changed(added=False)
             case Op.INJECT:
                 self._inject(arguments[0], arguments[1])
             case Op.USAGE:
@@ -270,6 +276,7 @@ class Worker:
 
     def _close_network(self, network: str) -> None:
         self._engine.remove_network(network)
+        self._filter.changed(added=False)
         tun = self._networks.pop(network, None)
         if tun is not None:
             self._epoll.unregister(tun.fd)
