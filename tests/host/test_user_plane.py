@@ -20,10 +20,10 @@ from .peers import encode_child as encode
 pytestmark = pytest.mark.netns
 
 
-@pytest.fixture
-def pair(lab):
-    """Peers a and b on one wire, their networks open, nothing installed."""
-    peers = [Peer(node) for node in link(lab)]
+@pytest.fixture(params=["plain", "user"])
+def pair(lab, request):
+    """Peers a and b on one wire, their networks open, nothing installed; with either worker."""
+    peers = [Peer(node, plane=request.param) for node in link(lab)]
     for peer in peers:
         peer.open()
     yield tuple(peers)
@@ -77,6 +77,26 @@ def test_packets_small_and_large_go_through(pair, outer_ipv6, inner):
     assert transfer(a.node, b.node, INNER["b"][inner], 3_000_001)
     assert a.ask("counters").keys() <= {"LINK_SCOPED"}
     assert b.ask("counters").keys() <= {"LINK_SCOPED"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("one", "other"), [("user", "user"), ("plain", "user"), ("user", "plain")])
+def test_two_hundred_megabytes_arrive_as_they_were_sent(lab, one, other):
+    a, b = (Peer(node, plane=plane) for node, plane in zip(link(lab), (one, other), strict=True))
+    for peer in (a, b):
+        peer.open()
+    connect(a, b, children(outer_ipv6=one == "plain"))
+    try:
+        assert transfer(a.node, b.node, INNER["b"][0], 200_000_001)
+        assert transfer(b.node, a.node, INNER["a"][1], 200_000_001)
+        # What the kernel got packet by packet it checked itself: the checksums that were made here are right.
+        for node in (a.node, b.node):
+            errors = node.run(["nstat", "-az", "TcpInCsumErrors", "IpInHdrErrors", "Ip6InHdrErrors"]).stdout
+            assert {line.split()[1] for line in errors.splitlines() if line[0] != "#"} == {"0"}
+    finally:
+        a.close()
+        b.close()
 
 
 @pytest.mark.parametrize("suite", EspSuite)

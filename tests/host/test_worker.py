@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 import socket
 import subprocess
 import sys
@@ -11,17 +12,19 @@ import pytest
 
 from p2pvpn.core.address import Endpoint, Path
 from p2pvpn.esp.engine import EspEngine
+from p2pvpn.host.batch_worker import BatchWorker
+from p2pvpn.host.offload_tun import OffloadTun
 from p2pvpn.host.udp import open_port
 from p2pvpn.host.worker import Worker
 from p2pvpn.host.worker_messages import Op, child_fields, child_of, pack, path_fields, unpack
-from tests.esp.packets import ipv4
+from tests.esp.packets import ipv4, ones_complement
 
 from .peers import INNER, children, path
 
 
 def test_the_worker_imports_nothing_heavy():
     program = (
-        "import sys, p2pvpn.host.worker;"
+        "import sys, p2pvpn.host.worker_process;"
         "heavy = {'asyncio', 'aioice', 'pyroute2', 'kademlia', 'numpy', 'rich', 'click'} & set(sys.modules);"
         "sys.exit(str(heavy) if heavy else 0)"
     )
@@ -37,11 +40,11 @@ def test_a_child_sa_survives_the_channel():
 class Bench:
     """Host a with a worker whose control channel the test holds, and the engine of its peer b."""
 
-    def __init__(self, node) -> None:
+    def __init__(self, node, kind) -> None:
         self.shared = open_port(4500)
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.control.settimeout(5)
-        self.worker = Worker(theirs, [pair.esp for pair in self.shared.pairs])
+        self.worker = kind(theirs, [pair.esp for pair in self.shared.pairs])
         self.theirs = theirs
         self.serial = 0
         self.esp = self.shared.pairs[0].esp
@@ -95,12 +98,12 @@ class Bench:
         self.shared.close()
 
 
-@pytest.fixture
-def bench(lab):
+@pytest.fixture(params=[Worker, BatchWorker], ids=["plain", "batched"])
+def bench(lab, request):
     node = lab.node("a")
     node.ip(f"addr add {path('a', 'b').local.host}/32 dev lo\naddr add {path('a', 'b').remote.host}/32 dev lo")
     with node.inside():
-        bench = Bench(node)
+        bench = Bench(node, request.param)
         yield bench
         bench.close()
 
@@ -203,6 +206,133 @@ def test_a_batch_of_the_wire_is_taken_apart(bench):
     bench.far.sendmsg(datagrams, [segment], 0, ("192.0.2.10", 4500))
     bench.worker._on_esp(bench.esp)
     assert [bench.inner.recv(1000) for _ in datagrams] == [bytes([number]) * 400 for number in range(10)]
+
+
+@pytest.fixture
+def batched(lab):
+    """As `bench`, with the batched worker alone."""
+    node = lab.node("a")
+    node.ip(f"addr add {path('a', 'b').local.host}/32 dev lo\naddr add {path('a', 'b').remote.host}/32 dev lo")
+    with node.inside():
+        bench = Bench(node, BatchWorker)
+        bench.now(Op.INSTALL, *child_fields(bench.ours))
+        bench.now(Op.USE, bench.ours.id)
+        yield bench
+        bench.close()
+
+
+def summed(packet: bytes) -> bytes:
+    """A UDP packet with its checksum."""
+    pseudo = packet[12:20] + b"\0\x11" + (len(packet) - 20).to_bytes(2, "big")
+    return packet[:26] + (0xFFFF - ones_complement(pseudo + packet[20:])).to_bytes(2, "big") + packet[28:]
+
+
+def send_batch(bench, datagrams) -> None:
+    segment = (17, 103, len(datagrams[0]).to_bytes(2, sys.byteorder))
+    bench.far.sendmsg(datagrams, [segment], 0, ("192.0.2.10", 4500))
+    bench.worker._on_esp(bench.esp)
+
+
+@pytest.mark.netns
+def test_a_batch_is_joined_and_comes_out_as_the_same_packets(batched):
+    written = []
+    tun = next(iter(batched.worker._networks.values()))
+    batched.worker._networks["bench"] = Written(tun, written)
+    payloads = [bytes([number]) * 400 for number in range(20)] + [b"last"]
+    packets = [summed(udp(payload)) for payload in payloads]
+    send_batch(batched, [batched.peer.outbound("bench", packet, 0.0).datagram for packet in packets])
+    assert [batched.inner.recv(1000) for _ in payloads] == payloads
+    assert written == ["super-packet"]
+    usage = batched.now(Op.USAGE, [batched.ours.id])[batched.ours.id]
+    assert usage[:2] == [21, sum(map(len, packets))]
+    assert batched.counters() == {}
+
+
+class Written(OffloadTun):
+    """A device that says what it is given."""
+
+    def __init__(self, tun, written) -> None:
+        self.fd, self.name, self.joins_udp = tun.fd, tun.name, tun.joins_udp
+        self._written = written
+
+    def write(self, packet):
+        self._written.append("packet")
+        return super().write(packet)
+
+    def write_whole(self, data):
+        self._written.append("super-packet")
+        return super().write_whole(data)
+
+
+@pytest.mark.netns
+def test_a_damaged_packet_in_a_batch_is_not_repaired(batched):
+    packets = [summed(udp(bytes([number]) * 400)) for number in range(9)]
+    packets[4] = packets[4][:-1] + b"\xff"
+    send_batch(batched, [batched.peer.outbound("bench", packet, 0.0).datagram for packet in packets])
+    assert [batched.inner.recv(1000)[0] for _ in range(8)] == [0, 1, 2, 3, 5, 6, 7, 8]
+
+
+@pytest.mark.netns
+def test_a_batch_that_was_replayed_is_refused_packet_by_packet(batched):
+    datagrams = [batched.peer.outbound("bench", summed(udp(bytes(100))), 0.0).datagram for _ in range(8)]
+    send_batch(batched, datagrams)
+    send_batch(batched, datagrams)
+    assert batched.counters() == {"REPLAYED": 8}
+
+
+@pytest.mark.netns
+def test_a_batch_that_is_faster_than_the_command_is_not_lost(batched):
+    batched.now(Op.REMOVE, batched.ours.id)
+    datagrams = [batched.peer.outbound("bench", summed(udp(bytes([n]))), 0.0).datagram for n in range(8)]
+    batched.write(Op.INSTALL, *child_fields(batched.ours))
+    send_batch(batched, datagrams)
+    assert [batched.inner.recv(10)[0] for _ in datagrams] == list(range(8))
+
+
+@pytest.mark.netns
+def test_a_batch_from_elsewhere_hints_at_a_move_once(batched):
+    batched.far.close()
+    batched.far = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    batched.far.bind((path("a", "b").remote.host, 4700))
+    for _ in range(2):
+        send_batch(batched, [batched.peer.outbound("bench", summed(udp(b"x")), 0.0).datagram for _ in range(8)])
+    assert batched.answer() == [0, "moved", batched.ours.id, path("a", "b").remote.host, 4700]
+    assert batched.counters() == {}
+
+
+@pytest.mark.netns
+def test_a_super_packet_of_the_device_leaves_as_the_packets_that_were_meant(batched):
+    payload = random.Random(1).randbytes(30 * 500 + 77)
+    segment = (17, 103, (500).to_bytes(2, sys.byteorder))
+    batched.inner.sendmsg([payload], [segment], 0, (INNER["b"][0], 7001))
+    batched.run_device()
+    came = b""
+    for _ in range(31):
+        packet = batched.peer.inbound(("192.0.2.10", 4500), batched.far.recv(2000), 0.0).packet
+        assert packet == summed(packet[:26] + b"\0\0" + packet[28:])
+        came += packet[28:]
+    assert came == payload
+    usage = batched.now(Op.USAGE, [batched.ours.id])[batched.ours.id]
+    assert usage[2:4] == [31, len(payload) + 31 * 28]
+
+
+@pytest.mark.netns
+def test_a_super_packet_that_became_too_big_is_answered(batched):
+    batched.inner.setsockopt(socket.IPPROTO_IP, 10, 2)  # IP_MTU_DISCOVER: do
+    batched.inner.connect((INNER["b"][0], 7001))
+    batched.worker._engine.narrow_path(batched.ours.path.remote, 1300)
+    batched.inner.sendmsg([bytes(13000)], [(17, 103, (1300).to_bytes(2, sys.byteorder))])
+    batched.run_device()
+    assert batched.inner.getsockopt(socket.IPPROTO_IP, 14) == 1238  # IP_MTU
+    assert batched.now(Op.USAGE, [batched.ours.id])[batched.ours.id][2] == 0
+
+
+@pytest.mark.netns
+def test_a_super_packet_without_an_sa_is_trapped_as_the_packets_that_were_meant(batched):
+    batched.now(Op.REMOVE, batched.ours.id)
+    batched.inner.sendmsg([bytes(1250)], [(17, 103, (500).to_bytes(2, sys.byteorder))], 0, (INNER["b"][0], 7001))
+    batched.run_device()
+    assert [len(batched.answer()[3]) for _ in range(3)] == [528, 528, 278]
 
 
 @pytest.mark.netns

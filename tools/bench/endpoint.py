@@ -4,7 +4,7 @@
     out  {"answer": value}                or {"error": text}, one per command
          {"event": name, "arguments": []} trapped, moved, died, change, datagram: whenever they happen
 
-    python -m tools.bench.endpoint PORT [user|kernel]
+    python -m tools.bench.endpoint PORT [user|plain|kernel]      (plain: user, one packet at a time)
 
 The benchmark runs it, and the tests that need two machines. SAs are given as base64 of what the daemon tells its
 worker.
@@ -47,8 +47,11 @@ class _Endpoint:
 
     def __init__(self, netlink: Netlink, underlay: Underlay, guard: Guard, plane: str) -> None:
         self.netlink, self.underlay, self.guard = netlink, underlay, guard
-        kind = KernelPlane if plane == "kernel" else UserPlane
-        self.plane: KernelPlane | UserPlane = kind(underlay.esp_sockets, netlink, guard)
+        self.plane: KernelPlane | UserPlane
+        if plane == "kernel":
+            self.plane = KernelPlane(underlay.esp_sockets, netlink, guard)
+        else:
+            self.plane = UserPlane(underlay.esp_sockets, netlink, guard, plain=plane == "plain")
         self.plane.on_trapped = lambda network, packet: _say(event="trapped", arguments=[network, packet.hex()])
         self.plane.on_moved = lambda child_id, source: _say(event="moved", arguments=[child_id, str(source)])
         self.plane.on_died = lambda: _say(event="died", arguments=[])
