@@ -62,6 +62,8 @@ from .xfrm import (
 
 log = logging.getLogger(__name__)
 
+LOOK_PAUSE_S = 1.0
+"""Between looks whether the policies of SAs in use still stand."""
 MAX_PAIRS = 256
 """Pairs of prefixes, so policies in each direction, of one Child SA."""
 
@@ -126,7 +128,7 @@ class KernelPlane:
         self.on_trapped: Callable[[str, bytes], None] = _ignore
         self.on_moved: Callable[[int, Endpoint], None] = _ignore
         self.on_died: Callable[[], None] = _ignore
-        """Somebody removed a device of ours; everything was taken down."""
+        """Somebody removed a device, SA or policy of ours; everything was taken down."""
         self._esp_sockets = tuple(esp_sockets)
         self._netlink = netlink
         self._guard = guard
@@ -141,7 +143,12 @@ class KernelPlane:
         """By the pair in outbound direction: who is accepted, the newest last."""
         self._sending: dict[Pair, list[_Child]] = {}
         """By pair: whom `use` was said of, the one in use last."""
+        self._wide: dict[Pair, None] = {}
+        """Those of them that are not about one address at each end and all protocols."""
         self._lost: Counter[str] = Counter()
+        self._dying: asyncio.Task[None] | None = None
+        self._looked_at = 0.0
+        """Loop time of the last look for a policy that a trapped packet should have met."""
 
     # ------------------------------------------------------------------ life
 
@@ -192,12 +199,17 @@ class KernelPlane:
             raise LocalError("the kernel plane does not run")
         return self._kernel
 
-    def _device_gone(self) -> None:
-        log.error("somebody removed a TUN device")
-        self._loop.create_task(self._die()).add_done_callback(lambda task: task.exception())
+    def _start_over(self, reason: str) -> None:
+        """What somebody else removed cannot be put back: numbers and windows are lost with it."""
+        if self._dying is None and self._kernel is not None:
+            log.error("%s; starting over", reason)
+            self._dying = self._loop.create_task(self._die())
 
     async def _die(self) -> None:
-        await self.stop()
+        try:
+            await self.stop()
+        finally:
+            self._dying = None
         self.on_died()
 
     # ------------------------------------------------------------------ networks
@@ -210,7 +222,10 @@ class KernelPlane:
         if network in self._networks:
             raise LocalError(f"the network {network!r} has a device already")
         kernel = self._xfrm
-        trap = Trap(lambda packet: self.on_trapped(network, packet), self._device_gone)
+        trap = Trap(
+            lambda packet: self._on_packet(network, packet),
+            lambda: self._start_over("somebody removed a TUN device"),
+        )
         entry = self._networks[network] = _Network(trap, addresses, routes)
         try:
             await self._guard.protect(trap.device, routes, or_decrypted=True)
@@ -236,6 +251,19 @@ class KernelPlane:
         self._take_away(entry.removals)
         await self._netlink.remove_barriers(entry.routes)
         await self._guard.release(entry.trap.device)
+
+    def _on_packet(self, network: str, packet: bytes) -> None:
+        """A trapped packet. One that an SA covers was on its way when that came up, or somebody removed the policy.
+
+        Then it would come back from `inject` for ever.
+        """
+        pair = self._covering(network, packet)
+        now = self._loop.time()
+        if pair is not None and now - self._looked_at > LOOK_PAUSE_S:
+            self._looked_at = now
+            if not self._xfrm.has_policy(pair, Direction.OUT):
+                self._start_over("somebody removed our policies")
+        self.on_trapped(network, packet)
 
     # ------------------------------------------------------------------ SAs
 
@@ -268,13 +296,18 @@ class KernelPlane:
             if entry in users:
                 users.remove(entry)
             users.append(entry)
+            if not _is_exact(pair):
+                self._wide[pair] = None
             messages.append(self._send_by(pair, entry))
         self._xfrm.request(*messages)
 
     async def move(self, child_id: int, path: Path) -> None:
         entry = self._known(child_id)
         entry.asked = path
-        self._relocate(entry)
+        try:
+            self._relocate(entry)
+        except XfrmError as problem:
+            self._start_over(f"Child SA {child_id} cannot be moved ({problem})")
 
     async def remove(self, child_id: int) -> None:
         entry = self._children.get(child_id)
@@ -284,7 +317,7 @@ class KernelPlane:
     async def inject(self, network: str, packets: Sequence[bytes]) -> None:
         reinjector = self._reinjector
         for packet in packets:
-            if reinjector is not None and self._is_covered(network, packet):
+            if reinjector is not None and self._covering(network, packet):
                 reinjector.send(packet)
             else:
                 self._lost["injected too early"] += 1  # it would come out of the trap again, for ever
@@ -299,6 +332,8 @@ class KernelPlane:
         ]
         counted = kernel.counted(states)
         out = {}
+        if None in counted:
+            self._start_over("somebody removed an SA, or its numbers are used up")
         for number, entry in enumerate(entries):
             found_in, found_out = counted[2 * number], counted[2 * number + 1]
             totals = list(entry.base)
@@ -368,6 +403,7 @@ class KernelPlane:
                 elif not users:
                     messages.append(delete_policy(pair, Direction.OUT))
                     del self._sending[pair]
+                    self._wide.pop(pair, None)
         for pair in entry.pairs:
             accepted = self._accepting[pair]
             accepted.remove(entry)
@@ -427,7 +463,7 @@ class KernelPlane:
         messages = []
         if after is None:
             if before is None:
-                raise LocalError(f"the kernel has lost Child SA {entry.child.id}")
+                raise XfrmError(errno.ESRCH, 0, f"Child SA {entry.child.id}")
             entry.keep_counts(before, inbound=inbound)
             messages = [delete_state(old, spi), set_state(entry.state(new, before.replay, inbound=inbound))]
         if inbound:
@@ -442,8 +478,9 @@ class KernelPlane:
             if entry.asked.local.is_unspecified and _with_source(entry.asked).local != entry.flow_out.source:
                 try:
                     self._relocate(entry)
-                except LocalError as problem:
-                    log.warning("SA %d could not be moved: %s", entry.child.id, problem)
+                except XfrmError as problem:
+                    self._start_over(f"Child SA {entry.child.id} cannot be moved ({problem})")
+                    return
 
     # ------------------------------------------------------------------ what the kernel tells
 
@@ -467,19 +504,24 @@ class KernelPlane:
             raise LocalError(f"there is no Child SA {child_id}")
         return entry
 
-    def _is_covered(self, network: str, packet: bytes) -> bool:
-        """Whether an SA in use takes the packet."""
+    def _covering(self, network: str, packet: bytes) -> Pair | None:
+        """The pair of an SA in use that takes the packet."""
         if packet[0] >> 4 == 4:
             source, target = ipaddress.ip_address(packet[12:16]), ipaddress.ip_address(packet[16:20])
         else:
             source, target = ipaddress.ip_address(packet[8:24]), ipaddress.ip_address(packet[24:40])
-        return any(
-            pair.source.version == source.version
-            and source in pair.source
-            and target in pair.destination
-            and users[-1].child.network == network
-            for pair, users in self._sending.items()
-        )
+        exact = Pair(ipaddress.ip_network(source), ipaddress.ip_network(target))
+        for pair in (exact, *self._wide):
+            users = self._sending.get(pair)
+            if (
+                users
+                and users[-1].child.network == network
+                and pair.source.version == source.version
+                and source in pair.source
+                and target in pair.destination
+            ):
+                return pair
+        return None
 
 
 def _hand_to_kernel(sock: socket.socket) -> None:
@@ -510,6 +552,11 @@ def _with_source(path: Path) -> Path:
         probe.connect((path.remote.host, path.remote.port or 9))
         return Path(Endpoint.of(probe.getsockname()[0], path.local.port), path.remote)
     return path
+
+
+def _is_exact(pair: Pair) -> bool:
+    lengths = pair.source.prefixlen, pair.destination.prefixlen
+    return lengths == (pair.source.max_prefixlen,) * 2 and not any(pair[2:])
 
 
 def _priority(pair: Pair) -> int:

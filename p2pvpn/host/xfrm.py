@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import errno
 import ipaddress
+import itertools
 import os
 import socket
 import struct
@@ -221,6 +222,15 @@ class Xfrm:
                     break
             out += found
         return out
+
+    def has_policy(self, pair: Pair, direction: Direction) -> bool:
+        """Whether a policy of ours stands for these packets."""
+        self._send([Message(Kind.GETPOLICY, {**_selector(pair), "dir": direction.value})], ack_last=False)
+        return any(
+            kind == Kind.NEWPOLICY
+            for sequence, kind, _ in itertools.islice(self._answers(), 1)
+            if sequence == self._sequence
+        )
 
     def clean_up(self) -> int:
         """Remove every state and policy that carries our tag: what a dead daemon left. Returns how many there were."""

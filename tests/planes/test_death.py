@@ -116,3 +116,25 @@ def test_a_device_that_somebody_removes_is_told(start):
         node.ip(f"link del {peer.device}")
         peer.wait_for("died")
         peer.open()
+
+
+if uml.is_inside():
+
+    @pytest.mark.parametrize("what", ["state flush", "policy flush"])
+    def test_whoever_flushes_the_kernel_makes_us_start_over(start, what):
+        with Lab() as lab:
+            a, b = map(start, link(lab))
+            a.open()
+            b.open()
+            connect(a, b, children(1))
+            assert a.node.ping(INNER["b"][0])
+            a.node.ip(f"xfrm {what}")
+            if what == "state flush":
+                a.ask("usage", [1])
+            else:
+                a.node.ping(INNER["b"][0], wait_s=0.1)
+            a.wait_for("died")
+            a.open()
+            b.ask("remove", 1)
+            connect(a, b, children(2))
+            assert a.node.ping(INNER["b"][0])
