@@ -50,7 +50,9 @@ class DocumentGossip:
             if not isinstance(answer, list | tuple) or len(answer) != 2:
                 raise WireError("a document answer has two fields")
             total, chunk = answer
-            if not isinstance(total, int) or not isinstance(chunk, bytes) or not chunk or total > MAX_DOCUMENT_BYTES:
+            if not isinstance(total, int) or not isinstance(chunk, bytes) or not 0 < total <= MAX_DOCUMENT_BYTES:
                 raise WireError("a document answer that makes no sense")
+            if len(chunk) != min(DOCUMENT_CHUNK_BYTES, total - len(raw)):  # or it could take as long as it likes
+                raise WireError("a document in pieces of another size")
             raw += chunk
         return raw
