@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import secrets
 import subprocess
@@ -59,10 +60,10 @@ def bare(one: Node, other: Node) -> Iterator[Tunnel]:
 
 
 @contextlib.contextmanager
-def p2pvpn(one: Node, other: Node) -> Iterator[Tunnel]:
+def p2pvpn(one: Node, other: Node, plane: str = "user") -> Iterator[Tunnel]:
     """Our user plane with an SA of random keys."""
     with contextlib.ExitStack() as stack:
-        ends = [_End(stack, node) for node in (one, other)]
+        ends = [_End(stack, node, plane) for node in (one, other)]
         workers: list[int] = []
         for end, address in zip(ends, OVERLAY, strict=True):
             workers.append(end.ask("start"))
@@ -79,11 +80,11 @@ def p2pvpn(one: Node, other: Node) -> Iterator[Tunnel]:
 class _End:
     """The endpoint process on a host."""
 
-    def __init__(self, stack: contextlib.ExitStack, node: Node) -> None:
+    def __init__(self, stack: contextlib.ExitStack, node: Node, plane: str) -> None:
         self.process = stack.enter_context(
             running(
                 node.popen(
-                    [sys.executable, "-m", "tools.bench.endpoint", str(PORT)],
+                    [sys.executable, "-m", "tools.bench.endpoint", str(PORT), plane],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     environment={"PYTHONPATH": str(FilePath(__file__).parents[2])},
@@ -169,4 +170,10 @@ def _wait_until_up(one: Node) -> None:
             raise LocalError("the tunnel did not come up")
 
 
-SUBJECTS: dict[str, Subject] = {"p2pvpn": p2pvpn, "nebula": nebula, "bare": bare}
+SUBJECTS: dict[str, Subject] = {
+    "p2pvpn": p2pvpn,
+    "plain": functools.partial(p2pvpn, plane="plain"),
+    "nebula": nebula,
+    "bare": bare,
+}
+"""`plain` is ours without numpy and offloads: one packet at a time."""

@@ -25,6 +25,7 @@ from .sealing import rows_for
 MAX_SHAPES = 16
 """Kinds of super-packet that are remembered; each costs 70 KB."""
 _FIN, _PSH, _CWR = 0x01, 0x08, 0x80
+_LOW = 0xFFFFFFFF
 
 
 class Plan(NamedTuple):
@@ -69,6 +70,7 @@ class _Shape:
             self.sequence, self.flags = field(at + 4, ">u4"), field(at + 13, "u1")
         self.checksum = field(at + (16 if plan.is_tcp else 6), "<u2")
         self.steps = np.arange(self.rows.count, dtype=np.int64)
+        self.offsets = self.steps * plan.segment
 
 
 class Cutter:
@@ -86,6 +88,9 @@ class Cutter:
                 self._shapes.clear()
             shape = self._shapes[key] = _Shape(plan)
         head = _head(packet, plan, plan.segment)
+        header_sum = int.from_bytes(head[: plan.transport_at], "big") % MODULUS
+        if plan.is_tcp:
+            head[plan.transport_at + 13] &= ~(_FIN | _PSH | _CWR) & 0xFF
         row_header = np.frombuffer(head, np.uint8)
         constant = shape.trailer_sum - _pseudo_sum(packet, plan, plan.segment)
         source = np.frombuffer(packet, np.uint8)
@@ -98,11 +103,10 @@ class Cutter:
             shape.payload[:count] = source[start : start + count * segment].reshape(count, segment)
             is_last = done + count == whole
             rest = plan.size - plan.payload_at - whole * segment if is_last else 0
-            _number(shape, plan, packet, range(done, done + count), ends=is_last and not rest)
             if plan.version == 4:
-                header_sum = int.from_bytes(head[: plan.transport_at], "big") % MODULUS
-                numbers = shape.identification[:count].astype(np.int64)
-                shape.header_checksum[:count] = -(numbers + header_sum) % MODULUS
+                _identify(shape, _identification(packet) + done, count, header_sum)
+            if plan.is_tcp:
+                _sequence(shape, plan, packet, range(done, done + count), ends=is_last and not rest)
             sums = shape.words[:count].sum(axis=1, dtype=np.int64)
             checksums = (constant - sums) % MODULUS
             if not plan.is_tcp:
@@ -171,21 +175,29 @@ def _identification(packet: memoryview) -> int:
     return packet[4] << 8 | packet[5]
 
 
-def _number(shape: _Shape, plan: Plan, packet: memoryview, segments: range, *, ends: bool) -> None:
-    """What differs between these segments of the whole; the last of them `ends` it or not."""
-    at, done, count = plan.transport_at, segments.start, len(segments)
-    steps = shape.steps[:count]
-    if plan.version == 4:
-        shape.identification[:count] = (steps + (_identification(packet) + done)) & 0xFFFF
-    if plan.is_tcp:
-        first = int.from_bytes(packet[at + 4 : at + 8], "big") + done * plan.segment
-        shape.sequence[:count] = (steps * plan.segment + first) & 0xFFFFFFFF
-        flags = packet[at + 13]
-        shape.flags[:count] = flags & ~(_FIN | _PSH | _CWR)
-        if not done:
-            shape.flags[0] = flags & ~(_FIN | _PSH)
-        if ends:
-            shape.flags[count - 1] |= flags & (_FIN | _PSH)
+def _identify(shape: _Shape, first: int, count: int, header_sum: int) -> None:
+    """IPv4 identifications from `first` on, and header checksums to a header that sums up to `header_sum` without."""
+    numbers = shape.steps[:count] + first
+    if 0 < header_sum < MODULUS - first - count:
+        shape.header_checksum[:count] = (MODULUS - header_sum) - numbers
+    else:
+        numbers &= 0xFFFF
+        shape.header_checksum[:count] = -(numbers + header_sum) % MODULUS
+    shape.identification[:count] = numbers
+
+
+def _sequence(shape: _Shape, plan: Plan, packet: memoryview, segments: range, *, ends: bool) -> None:
+    """TCP sequence numbers and flags of these segments of the whole; the last of them `ends` it or not. The rows have
+    the flags of one in the middle."""
+    at, count = plan.transport_at, len(segments)
+    first = (int.from_bytes(packet[at + 4 : at + 8], "big") + segments.start * plan.segment) & _LOW
+    numbers = shape.offsets[:count] + first
+    shape.sequence[:count] = numbers & _LOW if first + count * plan.segment > _LOW else numbers
+    flags = packet[at + 13]
+    if not segments.start and flags & _CWR:
+        shape.flags[0] |= _CWR
+    if ends and flags & (_FIN | _PSH):
+        shape.flags[count - 1] |= flags & (_FIN | _PSH)
 
 
 def _last(packet: memoryview, plan: Plan, done: int, rest: int) -> bytes:

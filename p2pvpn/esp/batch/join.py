@@ -60,7 +60,9 @@ class Joiner:
         if next_header not in (NEXT_IPV4, NEXT_IPV6) or size < 28 or first[-2] > 3:
             return None
         trailer = trailer_of(size, next_header)
-        if len(trailer) != rows.size - size or (array[:count, size:] != np.frombuffer(trailer, np.uint8)).any():
+        if len(trailer) != rows.size - size:
+            return None
+        if np.count_nonzero(array[:count, size:] != np.frombuffer(trailer, np.uint8)):
             return None
         if next_header == NEXT_IPV4:
             transport_at, protocol = 20, first[9]
@@ -84,11 +86,11 @@ class Joiner:
         """The first `count` rows, in order, cut where two neighbours must not be joined. A row that is not of the form
         is a run of its own."""
         array = rows.array[:count]
-        headers = array[:, : form.payload_at]
+        headers = rows.words[:count, : form.payload_at // 4]
         flow_mask, form_mask = self._masks_of(form)
         differences = (headers[1:] ^ headers[:-1]) & flow_mask
         wrong = self._wrong(rows, count, form)
-        if differences.any():
+        if np.count_nonzero(differences):
             broken = differences.any(axis=1)
             other_form = ((headers ^ headers[0]) & form_mask).any(axis=1)
             wrong = other_form if wrong is None else wrong | other_form
@@ -99,15 +101,15 @@ class Joiner:
             numbers = rows.field(4, ">u2")[:count].astype(np.int64)
             broken |= (numbers[1:] - numbers[:-1]) & 0xFFFF != 1
         if form.is_tcp:
-            numbers = rows.field(at + 4, ">u4")[:count].astype(np.int64)
-            broken |= (numbers[1:] - numbers[:-1] - (form.size - form.payload_at)) & 0xFFFFFFFF != 0
+            numbers = rows.field(at + 4, ">u4")[:count].astype(np.uint32)
+            broken |= numbers[1:] - numbers[:-1] != form.size - form.payload_at  # modulo 2**32, as they are
             flags = array[:, at + 13]
-            if (flags[:-1] != _ACK).any() or flags[-1] & _NOT_FIN_PSH != _ACK:
+            if np.count_nonzero(flags[:-1] != _ACK) or flags[-1] & _NOT_FIN_PSH != _ACK:
                 broken |= (flags[:-1] & _ENDS_A_RUN != 0) | (flags[:-1] & _ACK == 0)
                 broken |= (flags[1:] ^ flags[:-1]) & _NOT_FIN_PSH != 0
         if wrong is not None:
             broken |= wrong[1:] | wrong[:-1]
-        ends = [*(np.flatnonzero(broken) + 1).tolist(), count] if broken.any() else [count]
+        ends = [*(np.flatnonzero(broken) + 1).tolist(), count] if np.count_nonzero(broken) else [count]
         return [Run(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
     def _masks_of(self, form: Form) -> tuple[np.ndarray, np.ndarray]:
@@ -129,7 +131,7 @@ class Joiner:
             else:
                 flow[at + 6 : at + 8] = 0
                 common[at + 4 : at + 6] = 0xFF
-            masks = self._masks[form] = flow, common
+            masks = self._masks[form] = flow.view(WORD), common.view(WORD)
         return masks
 
     def _wrong(self, rows: Rows, count: int, form: Form) -> np.ndarray | None:
@@ -138,19 +140,18 @@ class Joiner:
         wrong = None
         if at == 20:
             sums = words[:, :5].sum(axis=1, dtype=np.int64) % MODULUS
-            if sums.any():
+            if np.count_nonzero(sums):
                 wrong = sums != 0
-        trailer = np.zeros(rows.size, np.uint8)
-        trailer[form.size :] = rows.array[0, form.size :]
-        rest = _protocol_sum(form, form.size) - int(trailer.view(WORD).sum(dtype=np.int64))
+        trailer_sum = little_sum(bytes(form.size % 2) + rows.views[0][form.size :])
+        rest = _protocol_sum(form, form.size) - trailer_sum
         # The addresses of the pseudo header stand right before the transport header in both families.
         addresses_at = 12 if at == 20 else 8
         sums = (words[:, addresses_at // 4 :].sum(axis=1, dtype=np.int64) + rest) % MODULUS
-        if sums.any():
+        if np.count_nonzero(sums):
             wrong = sums != 0 if wrong is None else wrong | (sums != 0)
         if not form.is_tcp:
             absent = rows.field(at + 6, "<u2")[:count] == 0
-            if absent.any():
+            if np.count_nonzero(absent):
                 wrong = absent if wrong is None else wrong | absent
         return wrong
 

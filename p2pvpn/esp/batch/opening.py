@@ -72,7 +72,7 @@ class Opening:
         heads, steps = layout.head[:count], self._steps[:count]
         head = int(heads[0])
         low = head & _LOW
-        if low + count - 1 > _LOW or (heads - steps != head).any():
+        if low + count - 1 > _LOW or np.count_nonzero(heads - steps != head):
             return None
         window, opener = sa.window, sa.opener
         first = window.whole(low)

@@ -31,7 +31,7 @@ class Rows:
 
 
 def little_sum(data: bytes) -> int:
-    """The sum of bytes whose count is a multiple of two, as rows are summed."""
+    """The sum of bytes from an even offset on, as rows are summed; an odd last byte is followed by zero."""
     return int.from_bytes(data, "little") % MODULUS
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from p2pvpn.esp.packet import NEXT_IPV4, NEXT_IPV6, trailer_of
 
-from .rows import MODULUS, WORD
+from .rows import MODULUS, WORD, little_sum
 
 SLOT_BYTES = 2048
 SLOTS = 64
@@ -69,10 +69,7 @@ class Slots:
         self._array[start:end, end_at - len(trailer) : end_at] = padding
         if checksum is not None:
             first, offset = checksum
-            constant = np.zeros(len(trailer) + 3, np.uint8)
-            skew = (end_at - len(trailer)) % 4
-            constant[skew : skew + len(trailer)] = padding
-            trailer_sum = int(constant[: skew + len(trailer)].view(WORD).sum(dtype=np.int64))
+            trailer_sum = little_sum(bytes(size % 2) + trailer)
             sums = self._words[start:end, (PACKET_AT + first) // 4 : end_at // 4].sum(axis=1, dtype=np.int64)
             found = (trailer_sum - sums) % MODULUS
             if offset == 6:
