@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ def main() -> int:
     if options.markdown:
         print(line(["---:"] * len(COLUMNS), markdown=True))
     results = []
-    with ProcessPoolExecutor(options.jobs) as pool:
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         for result in pool.map(run, plans):
             results.append(result)
             print(line(cells(result.figures()), markdown=options.markdown), flush=True)

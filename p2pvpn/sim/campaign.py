@@ -314,7 +314,7 @@ class Campaign:
         pair.reached = await self._reach(caller, callee, REACH_S) is not None
         if not pair.reached:
             self._fail(f"{plan.caller} does not reach {plan.callee} in the end", plan)
-        elif pair.first_answer_s is None:
+        elif pair.first_answer_s is None and not self._is_calm(plan):
             pair.first_answer_s = self.world.loop.time() - began
 
     async def _settled(self, pair: PairResult, caller: Machine, callee: Machine, began: float) -> None:

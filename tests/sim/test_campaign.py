@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 
 import pytest
 
@@ -33,7 +34,7 @@ def assert_fine(result: Result) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_two_hundred_peers_and_a_thousand_pairs_are_as_the_oracle_says() -> None:
-    with ProcessPoolExecutor() as pool:
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         for result in pool.map(run, [draw_plan(seed) for seed in (1, 2, 3)]):
             assert len(result.pairs) == 1000
             assert_fine(result)
