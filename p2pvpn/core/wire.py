@@ -35,10 +35,19 @@ class Reader:
 
     def uint(self, width: int) -> int:
         """A big-endian unsigned integer of `width` bytes."""
-        return int.from_bytes(self.take(width), "big")
+        start = self._pos
+        end = start + width
+        if width < 0 or end > self._end:
+            raise WireError(f"wanted {width} bytes at offset {start}, {self.left} left")
+        self._pos = end
+        return int.from_bytes(self._data[start:end], "big")
 
     def u8(self) -> int:
-        return self.uint(1)
+        at = self._pos
+        if at >= self._end:
+            raise WireError(f"wanted 1 byte at offset {at}, none left")
+        self._pos = at + 1
+        return self._data[at]
 
     def u16(self) -> int:
         return self.uint(2)
