@@ -2,7 +2,7 @@
 
     signed octets = own IKE_SA_INIT message | the other's nonce | prf(own SK_p, body of own ID payload) [| IntAuth]
     method 14     = | length u8 | AlgorithmIdentifier, DER | signature ... |
-    method 9, 10  = | r | s |                  P-256 with SHA-256, P-384 with SHA-384
+    method 9 - 11 = | r | s |                  P-256 with SHA-256, P-384 with SHA-384, P-521 with SHA-512
     method 1      = PKCS #1 v1.5 with a SHA-2 hash
     method 2      = prf(prf(shared secret, "Key Pad for IKEv2"), signed octets)
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Iterable
+from functools import cache
 from itertools import product
 
 from p2pvpn.core.errors import LocalError, TrustError
@@ -45,6 +46,7 @@ _NULL = bytes.fromhex("0500")
 _ECDSA_METHODS = {
     Scheme.ECDSA_SHA256: (AuthMethod.ECDSA_256, 32, 256),
     Scheme.ECDSA_SHA384: (AuthMethod.ECDSA_384, 48, 384),
+    Scheme.ECDSA_SHA512: (AuthMethod.ECDSA_521, 66, 521),
 }
 """Method, bytes of r and of s, bits of the curve (RFC 4754 section 5)."""
 _PKCS1 = (Scheme.RSA_PKCS1_SHA256, Scheme.RSA_PKCS1_SHA384, Scheme.RSA_PKCS1_SHA512)
@@ -74,6 +76,7 @@ def _pss_identifier(name: str, hash_null: bool, mgf_null: bool, trailer: bool) -
     return _der(0x30, _oid(_PSS) + _der(0x30, params))
 
 
+@cache
 def algorithm_identifier(scheme: Scheme) -> bytes:
     """The DER AlgorithmIdentifier that we send for a scheme."""
     oid = _PLAIN_OIDS.get(scheme)
@@ -99,6 +102,7 @@ def hash_id(scheme: Scheme) -> HashId:
     return HashId.IDENTITY if scheme is Scheme.ED25519 else _HASH_IDS[_hash_name(scheme)]
 
 
+@cache
 def hash_notify() -> Notify:
     """SIGNATURE_HASH_ALGORITHMS with all that we verify (RFC 7427 section 4)."""
     numbers = (HashId.SHA2_256, HashId.SHA2_384, HashId.SHA2_512, HashId.IDENTITY)
@@ -111,6 +115,7 @@ def peer_hashes(notify: Notify | None) -> frozenset[int]:
     return frozenset(int.from_bytes(data[at : at + 2], "big") for at in range(0, len(data) - 1, 2))
 
 
+@cache
 def methods_notify() -> Notify:
     """SUPPORTED_AUTH_METHODS with the signatures that we verify (RFC 9593 section 3.2.3); of PSS only the first."""
     out = b""

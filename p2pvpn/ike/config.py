@@ -130,12 +130,9 @@ def _never(_endpoint: Endpoint) -> bool:
 class IkeSettings:
     """What is negotiated, and every limit and interval with its reason. Times are seconds, sizes bytes."""
 
-    ciphers: tuple[IkeCipher, ...] = (
-        EspSuite.AES_GCM_16_256,
-        EspSuite.AES_GCM_16_128,
-        EspSuite.CHACHA20_POLY1305,
-        *CbcSuite,
-    )
+    ciphers: tuple[IkeCipher, ...] = (EspSuite.AES_GCM_16_256, EspSuite.AES_GCM_16_128, EspSuite.CHACHA20_POLY1305)
+    accepted_ciphers: tuple[IkeCipher, ...] = tuple(CbcSuite)
+    """Taken when a peer offers none of `ciphers`, and never offered: some prefer them to better ones."""
     prfs: tuple[Prf, ...] = (Prf.HMAC_SHA2_384, Prf.HMAC_SHA2_256, Prf.HMAC_SHA2_512)
     kexes: tuple[KexMethod, ...] = (
         KexMethod.CURVE25519,
@@ -216,6 +213,10 @@ class IkeSettings:
     """Send CERTREQ in the answer to IKE_SA_INIT: many implementations send their certificate only when asked."""
     routable: Callable[[Endpoint], bool] = field(default=_never)
     """Whether an address is known to be the peer's (ICE consent); then MOBIKE needs no COOKIE2 exchange."""
+
+    @property
+    def all_ciphers(self) -> tuple[IkeCipher, ...]:
+        return self.ciphers + self.accepted_ciphers
 
     @property
     def known_additional(self) -> tuple[KexMethod, ...]:

@@ -102,7 +102,10 @@ class Message:
 
     def notify(self, kind: int) -> Notify | None:
         """The first notification of a type, or None."""
-        return next((one for one in self.notifies if one.type == kind), None)
+        for payload in self.payloads:
+            if isinstance(payload, Notification) and payload.type == kind:
+                return payload.notify
+        return None
 
     @property
     def error(self) -> Notify | None:

@@ -1,4 +1,4 @@
-"""What two sides can agree on beyond the core: post-quantum keys, preshared ones, redirection, leases, first contact."""
+"""What two sides can agree on beyond the core: post-quantum and preshared keys, redirection, leases, contact."""
 
 from __future__ import annotations
 

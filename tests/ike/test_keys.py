@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from p2pvpn.core.child import EspSuite
 from p2pvpn.core.errors import LocalError, TrustError, WireError
@@ -12,7 +12,7 @@ from p2pvpn.crypto import signatures
 from p2pvpn.crypto.cbc import CbcSuite
 from p2pvpn.crypto.kex import KexMethod, generate, modp_numbers, respond
 from p2pvpn.crypto.prf import Prf
-from p2pvpn.crypto.signatures import Scheme
+from p2pvpn.crypto.signatures import Scheme, ecdsa_to_raw
 from p2pvpn.ike import auth, keys
 from p2pvpn.ike.message import Header
 from p2pvpn.ike.payloads import Authentication
@@ -160,6 +160,17 @@ def test_a_peer_that_knows_no_hashes_gets_the_old_methods():
             auth.verify_signature(key_of(kind, "alice").public_key(), made, OCTETS + b"!")
         with pytest.raises(TrustError):
             auth.verify_signature(key_of(kind, "alice").public_key(), Authentication(method, bytes(size)), OCTETS)
+
+
+def test_method_11_is_for_p_521_alone():
+    key = ec.generate_private_key(ec.SECP521R1())
+    raw = ecdsa_to_raw(signatures.sign(key, Scheme.ECDSA_SHA512, OCTETS), 66)
+    auth.verify_signature(key.public_key(), Authentication(11, raw), OCTETS)
+    for bad in (raw[:-1], bytes(132), raw + b"\0"):
+        with pytest.raises(TrustError):
+            auth.verify_signature(key.public_key(), Authentication(11, bad), OCTETS)
+    with pytest.raises(TrustError):
+        auth.verify_signature(key_of("ecdsa", "alice").public_key(), Authentication(11, raw), OCTETS)
 
 
 def test_an_old_method_goes_with_its_own_curve_alone():

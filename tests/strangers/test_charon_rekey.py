@@ -1,7 +1,11 @@
-"""Rekeying with strongSwan, begun by either side, under a ping through both user planes: no packet is lost."""
+"""Rekeying with strongSwan, begun by either side, under a ping through both user planes: no packet is lost.
+
+And what else of IKEv2 Debian's build can do: leases, postquantum preshared keys, redirection, childless SAs.
+"""
 
 from __future__ import annotations
 
+import ipaddress
 import subprocess
 import time
 from collections.abc import Iterator
@@ -9,8 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from p2pvpn.core.secret import Secret
+from p2pvpn.crypto.cbc import CbcSuite
 from p2pvpn.crypto.kex import KexMethod
-from p2pvpn.ike.outputs import ChildRekeyed, SaRekeyed
+from p2pvpn.ike.config import IkeSettings
+from p2pvpn.ike.lease import Lease
+from p2pvpn.ike.outputs import ChildAdded, ChildRekeyed, SaClosed, SaEstablished, SaRekeyed
 from p2pvpn.lab.net import Lab
 from tests.ike.people import credential
 from tests.ike.test_stranger import (
@@ -26,13 +34,16 @@ from tests.ike.test_stranger import (
     establish,
     give_certificate,
     ours,
+    request,
 )
+from tests.ike.world import selectors
 
-from .charon import Charon
+from .charon import Charon, block
 from .gateway import Gateway
 
 pytestmark = [pytest.mark.stranger, pytest.mark.netns]
 
+EVERYTHING = (*IkeSettings().ciphers, *CbcSuite)
 OUR_INNER, THEIR_INNER = "10.201.0.1", "10.202.0.1"
 
 
@@ -83,7 +94,7 @@ def test_a_child_sa_is_rekeyed(scene: Scene, esp: str, who: str) -> None:
 @pytest.mark.parametrize("who", ["we", "charon"])
 @pytest.mark.parametrize("proposals", ["aes256gcm16-prfsha384-x25519", "aes256-sha256-prfsha256-modp2048"])
 def test_the_ike_sa_is_rekeyed(scene: Scene, who: str, proposals: str) -> None:
-    with scene.charon.running(connection(proposals=proposals)), scene.driver(ours()) as us:
+    with scene.charon.running(connection(proposals=proposals)), scene.driver(ours(), ciphers=EVERYTHING) as us:
         sa = establish(us, ours())
         if who == "we":
             us.execute(us.ike.rekey(sa, us.now))
@@ -114,7 +125,7 @@ def test_the_ike_sa_is_rekeyed(scene: Scene, who: str, proposals: str) -> None:
 )
 @pytest.mark.parametrize("who", ["we", "charon"])
 def test_the_algorithms_of_built_in_clients(scene: Scene, ike: str, group: KexMethod, who: str) -> None:
-    with scene.charon.running(connection(proposals=ike)), scene.driver(ours()) as us:
+    with scene.charon.running(connection(proposals=ike)), scene.driver(ours(), ciphers=EVERYTHING) as us:
         if who == "we":
             sa = establish(us, ours())
         else:
@@ -145,10 +156,10 @@ def test_no_ping_is_lost_while_child_and_ike_sa_are_rekeyed(scene: Scene, gatewa
         gateway.wait_for("SaEstablished")
         assert len(gateway.node.ping(THEIR_INNER, count=2)) == 2
         ping = gateway.node.popen(
-            ["ping", "-n", "-i", "0.01", "-w", "8", THEIR_INNER], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            ["ping", "-n", "-i", "0.01", "-w", "6", THEIR_INNER], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
-        for what in ("child", "ike", "child", "ike"):
-            time.sleep(0.8)
+        for what in ("child", "ike"):
+            time.sleep(1.5)
             if who == "we":
                 gateway.rekey(what)
             else:
@@ -158,3 +169,64 @@ def test_no_ping_is_lost_while_child_and_ike_sa_are_rekeyed(scene: Scene, gatewa
         sent, received = (int(text.split(f" {word}")[0].split()[-1]) for word in ("packets transmitted", "received"))
         assert sent > 300
         assert received == sent, text[-300:]
+
+
+def test_charon_as_a_client_gets_an_address(scene: Scene) -> None:
+    lease = Lease((ipaddress.ip_address("10.9.0.7"),), (ipaddress.ip_address("10.201.0.53"),))
+    children = {"net": {"local_ts": "dynamic", "remote_ts": OUR_NET, "esp_proposals": "aes256gcm16"}}
+    mine = ours(lease=lambda remote: lease)
+    with scene.charon.running(connection(vips="0.0.0.0", children=children)), scene.driver(mine) as us:
+        running = scene.charon.initiate("net")
+        us.run(lambda: running.poll() is not None)
+        assert "initiate completed successfully" in running.communicate()[0]
+        assert "installing new virtual IP 10.9.0.7" in scene.charon.log
+        assert us.events(SaEstablished)[0].lease == lease
+        assert "10.9.0.7/32" in scene.charon.sas()
+
+
+def test_charon_mixes_a_postquantum_preshared_key(scene: Scene) -> None:
+    secret = "0x" + "5a" * 32
+    conf = connection(ppk_id="quantum", ppk_required="yes")
+    conf += block("secrets", {"ppk": {"id": "quantum", "secret": secret}}) + "\n"
+    mine = ours(ppk=(b"quantum", Secret(b"\x5a" * 32)), ppk_required=True)
+    with scene.charon.running(conf), scene.driver(mine) as us:
+        sa = establish(us, mine)
+        assert us.ike._by_id[sa].peer.ppk_used
+        us.execute(us.ike.rekey(sa, us.now))
+        us.run(lambda: bool(us.events(SaRekeyed)))
+        us.execute(us.ike.close(sa, us.now, "again, the other way round"))
+        us.run(lambda: bool(us.events(SaClosed)))
+        running = scene.charon.initiate("net")
+        us.run(lambda: running.poll() is not None)
+        assert "initiate completed successfully" in running.communicate()[0]
+
+
+def test_charon_follows_where_we_send_it(scene: Scene) -> None:
+    """RFC 5685: it begins anew at port 500 of our other address, where nobody listens here."""
+    target = ipaddress.ip_address(OURS_TOO)
+
+    def redirect(path):
+        return target if path.local.host == OURS else None
+
+    with scene.charon.running(connection()), scene.driver(ours(), redirect=redirect) as us:
+        running = scene.charon.initiate("net")
+        us.run(lambda: f"to {OURS_TOO}[500]" in scene.charon.log)
+        assert f"redirected to {OURS_TOO}" in scene.charon.log
+        us.run(lambda: running.poll() is not None, 30)
+        running.communicate()
+
+
+@pytest.mark.parametrize("who", ["we", "charon"])
+def test_childless(scene: Scene, who: str) -> None:
+    with scene.charon.running(connection(childless="force")), scene.driver(ours()) as us:
+        if who == "we":
+            sa = us.initiate(request(us, ours(), childless=True))
+            us.run(lambda: bool(us.events(SaEstablished)))
+            us.execute(us.ike.add_child(sa, selectors(OUR_NET), selectors(THEIR_NET), us.now))
+            us.run(lambda: bool(us.events(ChildAdded)))
+        else:
+            running = scene.charon.initiate("net")
+            us.run(lambda: running.poll() is not None)
+            assert "initiate completed successfully" in running.communicate()[0]
+            (sa,) = us.ike.sa_ids()
+        assert_mated(us, scene.charon, sa)

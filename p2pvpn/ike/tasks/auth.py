@@ -16,7 +16,6 @@ from p2pvpn.core.selector import Selector
 from p2pvpn.ike.auth import (
     announced_methods,
     id_payload,
-    methods_notify,
     shared_key_auth,
     sign,
     signed_octets,
@@ -84,7 +83,7 @@ class AuthRequest(Task):
         if not wanted.childless:
             self._offer = ChildOffer.make(sa, wanted.local, wanted.remote, first=True)
             payloads += self._offer.payloads
-        return payloads + _auth_notifies(credential) + notifications([methods_notify()])
+        return payloads + _auth_notifies(credential)
 
     def answered(self, sa: IkeSa, received: Received, now: float) -> Verdict:
         message = received.message

@@ -256,7 +256,7 @@ def choose_untrusted(settings: IkeSettings, message: Message, path: Path) -> Ini
         notify = redirect_notify(gateway, message.one(Nonce).data)
         raise Refusal("another gateway has more room", NotifyType.REDIRECT, notify.data)
     additional = settings.known_additional if _knows_intermediate(message) else ()
-    allowed = Allowed(settings.ciphers, settings.prfs, settings.kexes, additional, sent_group=share.group)
+    allowed = Allowed(settings.all_ciphers, settings.prfs, settings.kexes, additional, sent_group=share.group)
     found = choose_ike(proposals, allowed)
     if found is None or (settings.additional_required and not found[2].additional):
         raise Refusal("no proposal that we can accept", NotifyType.NO_PROPOSAL_CHOSEN)

@@ -49,7 +49,9 @@ class RekeyIke(Creation):
     def offer(self, sa: IkeSa) -> list[Payload]:
         settings = sa.local.settings
         self._spi = sa.local.fresh_spi()
-        self._offers = offers_ike(settings.ciphers, settings.prfs, settings.kexes, settings.additional_kexes, self._spi)
+        # The peer may know nothing but what is in use.
+        ciphers = tuple(dict.fromkeys((*settings.ciphers, *([sa.suite.cipher] if sa.suite else []))))
+        self._offers = offers_ike(ciphers, settings.prfs, settings.kexes, settings.additional_kexes, self._spi)
         return [SecurityAssociation(self._offers)]
 
     def chosen_untrusted(self, sa: IkeSa, message: Message) -> tuple[KexMethod | None, tuple[KexMethod, ...]]:
@@ -90,7 +92,7 @@ def answer(sa: IkeSa, received: Received, now: float) -> Reply:
     share = message.one(KeyExchangeData)
     spi = sa.local.fresh_spi()
     allowed = Allowed(
-        settings.ciphers,
+        settings.all_ciphers,
         settings.prfs,
         settings.kexes,
         settings.known_additional,
