@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 CORES := p2pvpn/core/*,p2pvpn/crypto/*,p2pvpn/identity/*,p2pvpn/dht/*,p2pvpn/punch/*,p2pvpn/ike/*,p2pvpn/esp/*,p2pvpn/relay/*
 
-.PHONY: help demo test check lint unit coverage bench sim upgrades fresh clean
+.PHONY: help demo test check lint unit coverage bench bench-ike fuzz schedules sim upgrades fresh clean
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -42,6 +42,15 @@ coverage: $(VENV)/.test ## branch coverage of the quick tests, with a floor for 
 
 sim: $(VENV)/.test ## the simulated Internet, seeds 1-20: ARGS="--seeds 7 --churn 0.1"
 	@$(BIN)/python -m tools.sim $(ARGS)
+
+bench-ike: $(VENV)/.test ## CPU time of an IKE responder, ours and strongSwan's
+	PYTHONPATH=.:tests $(BIN)/python -m tools.bench_ike $(ARGS)
+
+fuzz: $(VENV)/.test ## mutated messages before and behind authentication: ARGS="--seconds 600"
+	PYTHONPATH=.:tests $(BIN)/python -m tools.ike_fuzz $(ARGS)
+
+schedules: $(VENV)/.test ## 10,000 seeded schedules of rekeyings and deletions at once on a bad wire
+	PYTHONPATH=. $(BIN)/python -m tests.ike.schedules 10000
 
 upgrades: $(VENV)/.test ## twenty upgrades and fall-backs at 1,000 packets a second each way
 	$(BIN)/python -m tools.upgrades $(ARGS)
