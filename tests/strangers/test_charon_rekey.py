@@ -167,7 +167,7 @@ def test_no_ping_is_lost_while_child_and_ike_sa_are_rekeyed(scene: Scene, gatewa
             gateway.wait_for("ChildRekeyed" if what == "child" else "SaRekeyed")
         text = ping.communicate()[0]
         sent, received = (int(text.split(f" {word}")[0].split()[-1]) for word in ("packets transmitted", "received"))
-        assert sent > 300
+        assert sent > 100
         assert received == sent, text[-300:]
 
 
