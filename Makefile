@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 CORES := p2pvpn/core/*,p2pvpn/crypto/*,p2pvpn/identity/*,p2pvpn/dht/*,p2pvpn/punch/*,p2pvpn/ike/*,p2pvpn/esp/*,p2pvpn/relay/*
 
-.PHONY: help demo test check lint unit coverage bench bench-ike fuzz schedules sim upgrades fresh clean
+.PHONY: help demo test check lint unit coverage bench bench-ike fuzz schedules sim upgrades bad-input fresh clean
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -54,6 +54,10 @@ schedules: $(VENV)/.test ## 10,000 seeded schedules of rekeyings and deletions a
 
 upgrades: $(VENV)/.test ## twenty upgrades and fall-backs at 1,000 packets a second each way
 	$(BIN)/python -m tools.upgrades $(ARGS)
+
+bad-input: $(VENV)/.test ## 200 kills at random moments, floods at 50,000 packets a second beside an honest ping
+	P2PVPN_MOMENTS=200 P2PVPN_FLOOD_RATE=50000 P2PVPN_FLOOD_S=10 \
+		$(BIN)/pytest tests/lab/test_bad_ends.py tests/lab/test_bad_floods.py $(ARGS)
 
 fresh: ## `make test` inside a freshly debootstrapped Debian
 	tools/fresh $(ARGS)

@@ -27,9 +27,14 @@ from tests.cli.machines import Machine, new_admin, short_directory
 pytestmark = [pytest.mark.netns, pytest.mark.slow, pytest.mark.timeout(600)]
 
 RATE = float(os.environ.get("P2PVPN_FLOOD_RATE", "5000"))
+MEMBER_RATE = RATE / 25
+"""A member costs a hub a decryption for each datagram: what it may do is bounded by its revocation, not by a filter."""
 SECONDS = float(os.environ.get("P2PVPN_FLOOD_S", "2"))
 HUB, BOX, EVIL = "192.0.2.1", "192.0.2.100", "203.0.113.66"
+RELAY_PORTS = range(20000, 30000)
 PINGS_PER_S = 20
+NATS = {"a": NatKind.PORT_RESTRICTED, "b": NatKind.PORT_RESTRICTED}
+"""So that the two meet by a relay, which stays bound."""
 MAX_GROWTH_KB = 16_384
 """Of all processes together: socket tables and caches fill once, whatever the length of the flood."""
 WORSE_THAN_BOX = 0.05
@@ -51,7 +56,7 @@ class Field:
 def field() -> Iterator[Field]:
     """A hub and two peers with tunnels, an attacker, and a box that only has iptables. b is honest; a may not be."""
     with Lab() as lab, short_directory() as root:
-        stage = Stage(lab, root, hubs=1, nats={"a": NatKind.NONE, "b": NatKind.NONE}, rtt_ms=0, plane="user")
+        stage = Stage(lab, root, hubs=1, nats=NATS, rtt_ms=0, plane="user")
         evil, box = lab.public("evil", EVIL), lab.public("box", BOX)
         for command in ("-A INPUT -p udp --dport 500 -j ACCEPT", "-A INPUT -p udp -j DROP"):
             box.run(["iptables", *command.split()])
@@ -99,10 +104,32 @@ def udp(kind: str, first: int, last: int = 0) -> Attack:
     return attack
 
 
+def relay(field: Field, target: str) -> None:
+    """At ports on which the hub relays between a and b, who met by it."""
+    assert field.a.node is not None
+    assert field.hub.node is not None
+    assert field.a.run("ping", "-c", "1", "b").code == 0
+    listening = field.hub.node.run(["ss", "-Huln"]).stdout.split()
+    found = {int(word.rpartition(":")[2]) for word in listening if word.rpartition(":")[2].isdigit()}
+    ports = sorted(port for port in found if port in RELAY_PORTS)
+    assert ports, listening
+    udp("any", ports[0])(field, target)
+
+
 def inside(field: Field, target: str) -> None:
-    """A member: through its tunnel, at the DHT port of the hub, as fast as its own tunnel goes up to the rate."""
+    """A member: through its tunnel, at the DHT port of the hub. Each datagram is encrypted and decrypted first."""
     address = field.overlay if target == HUB else target
-    argv = [sys.executable, "-m", "p2pvpn.lab.flood", address, "4510", "4510", "random", str(RATE), str(SECONDS + 1)]
+    argv = [
+        sys.executable,
+        "-m",
+        "p2pvpn.lab.flood",
+        address,
+        "4510",
+        "4510",
+        "random",
+        str(MEMBER_RATE),
+        str(SECONDS + 1),
+    ]
     said = field.a.node.run(argv, timeout_s=SECONDS + 30).stdout.split()  # type: ignore[union-attr]
     rates.append(int(said[0]) / float(said[1]))
 
@@ -139,7 +166,8 @@ ATTACKS: dict[str, Attack] = {
     "4500, control half: STUN": udp("stun", 4500),
     "4500, ESP half": udp("esp", 4500),
     "4500, any bytes": udp("any", 4500),
-    "relay ports 20000-29999": udp("any", 20000, 29999),
+    "all relay ports": udp("any", RELAY_PORTS[0], RELAY_PORTS[-1]),
+    "a relay port in use": relay,
     "DHT port, by a member": inside,
     "TCP 443, enrolment": enrolment,
     "control socket": control,
