@@ -32,6 +32,13 @@ def test_the_worker_imports_nothing_heavy():
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize(("there", "expected"), [("", "BatchWorker"), ("sys.modules['numpy'] = None;", "Worker")])
+def test_the_batched_worker_runs_where_numpy_is(there, expected):
+    program = f"import sys;{there}import p2pvpn.host.worker_process as w;print(w.worker_class('auto').__name__)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == expected + "\n"
+
+
 def test_a_child_sa_survives_the_channel():
     child = children(7, esn=True, outer_ipv6=True, left=("10.0.0.0/8", "fd00::/64"))[0]
     assert child_of(unpack(pack(child_fields(child)))) == child
