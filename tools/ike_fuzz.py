@@ -177,6 +177,7 @@ class Campaign:
         host.key_log.clear()
         host.paths.clear()
         host.world.wire.clear()
+        host.world._flying.clear()
         return packet
 
     def expected(self) -> int:
