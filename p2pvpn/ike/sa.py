@@ -168,7 +168,8 @@ class IkeSa:
 
     def repeat_init(self, path: Path, now: float) -> None:
         """The same IKE_SA_INIT request came again: the same answer, as long as nothing else came."""
-        if self.state is State.INIT_ANSWERED:
+        half_open = self.state in (State.INIT_ANSWERED, State.MIXING_DUE)
+        if half_open and self.answers.is_last(Exchange.IKE_SA_INIT, 0):
             self._transmit(path, self.answers.again(now, lambda: True))
 
     # Wishes of the engine

@@ -8,6 +8,7 @@ import pytest
 
 from p2pvpn.core.address import Endpoint, Path
 from p2pvpn.core.errors import LocalError
+from p2pvpn.crypto.kex import KexMethod
 from p2pvpn.ike.codes import Exchange
 from p2pvpn.ike.message import NO_SPI, Header, build_clear, notifications, parse_header_untrusted
 from p2pvpn.ike.notifies import Notify, NotifyType
@@ -53,8 +54,9 @@ def test_set_up_survives_a_third_of_the_packets_lost_and_any_order(seed):
     assert len(alice.events(SaEstablished)) == len(bob.events(SaEstablished)) == 1
 
 
-def test_a_lost_answer_is_sent_again_byte_by_byte():
-    world, alice, bob = pair()
+@pytest.mark.parametrize("additional", [(), ((KexMethod.ML_KEM_768,),)])
+def test_a_lost_answer_is_sent_again_byte_by_byte(additional):
+    world, alice, bob = pair(additional_kexes=additional)
     count = collections.Counter()
 
     def lose_first_answers(path, data):
@@ -72,6 +74,23 @@ def test_a_lost_answer_is_sent_again_byte_by_byte():
             packets = [one for one in host.sent() if header(one).exchange == exchange]
             assert len(packets) == 3
             assert len(set(packets)) == 1
+
+
+def test_a_repeated_ike_sa_init_is_not_answered_with_a_later_answer():
+    world, alice, bob = pair(additional_kexes=((KexMethod.ML_KEM_768,),))
+    first = []
+
+    def hold_the_last(path, data):
+        first.append((path, data))
+        return () if header(data).exchange == Exchange.IKE_AUTH else (0.01,)
+
+    world.fate = hold_the_last
+    alice.initiate(bob)
+    world.run(0.2)
+    path, data = first[0]
+    before = len(bob.sent())
+    bob.run(bob.ike.handle(Path(path.remote, path.local), data, world.now))
+    assert len(bob.sent()) == before
 
 
 def test_a_packet_lost_in_set_up_costs_little_more_than_a_round_trip():
