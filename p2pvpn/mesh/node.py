@@ -128,6 +128,7 @@ class Node:
         standing = Standing(profile, store, self.services.wall)
         network = Network(self.services, standing, self._resolver, self, backend)
         self.networks[network.label] = network
+        self._forbid_overlays()
         self.refresh_credentials()
         try:
             await network.open()
@@ -141,6 +142,7 @@ class Node:
     async def remove_network(self, label: str) -> None:
         """Take a network down."""
         network = self.networks.pop(label)
+        self._forbid_overlays()
         self._runs.pop(label).cancel()
         await network.close()
         self.refresh_credentials()
@@ -162,6 +164,11 @@ class Node:
         await self.services.ike.drained()
         for network in self.networks.values():
             await network.reopen()
+
+    def _forbid_overlays(self) -> None:
+        """No check goes to an overlay address: a path inside a tunnel is no path."""
+        networks = self.networks.values()
+        self.services.punch_limits.update_never([route for one in networks for route in one.standing.routes])
 
     def refresh_credentials(self) -> None:
         """Networks, certificates or documents changed."""

@@ -69,6 +69,10 @@ class PunchLimits:
         """The machine moved to other networks."""
         self._own_subnets = tuple(own_subnets)
 
+    def update_never(self, never: Iterable[IpNetwork]) -> None:
+        """The overlay networks that the machine is in now."""
+        self._never = tuple(never)
+
     def permits(self, target: Endpoint, *, same_site: bool) -> bool:
         """Whether a candidate that a peer named may be checked.
 
