@@ -522,6 +522,8 @@ class IkeSa:
         packets = self._channel.pack(self._header(task.exchange, message_id, response=False), task.request(self))
         task.sent(packets[0])
         limit = task.tries(self.local.settings)
+        if self.moving is not None and not self.moving.back:
+            limit = min(limit, self.local.settings.move_tries)
         self.requests.outstanding = Outstanding(task, message_id, packets, task.path(self), limit)
         self._send_outstanding(now)
 

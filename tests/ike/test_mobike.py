@@ -65,6 +65,20 @@ def test_an_unproven_address_is_challenged_before_the_switch():
     assert_on(alice, bob, OTHER)
 
 
+@pytest.mark.parametrize("after_s", [0.0, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04])
+def test_a_probe_in_the_middle_of_two_moves_does_not_go_to_the_path_that_died(after_s):
+    world, alice, bob = up()
+    world.fate = lambda path, data: () if alice.address in path else (0.02,) if THIRD in path else (0.01,)
+    alice.do("move", alice.sa, Path(THIRD, bob.address), world.now)
+    world.run(0.021)
+    alice.do("move", alice.sa, from_other(bob), world.now)
+    world.run(after_s)
+    bob.do("probe", bob.sa, world.now)
+    world.run(1)
+    assert_on(alice, bob, OTHER)
+    assert bob.events(Liveness)
+
+
 def test_nothing_moves_when_the_new_path_is_silent_and_the_sa_stays():
     world, alice, bob = up()
     world.fate = lambda path, data: () if OTHER in path else (0.01,)

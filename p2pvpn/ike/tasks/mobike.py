@@ -84,9 +84,6 @@ class _PathTask(Task):
     def __init__(self) -> None:
         self._built_for: Path | None = None
 
-    def path(self, sa: IkeSa) -> Path:
-        return sa.move_path
-
     def tries(self, settings: IkeSettings) -> int:
         return settings.move_tries
 

@@ -76,8 +76,8 @@ class Task(ABC):
         sa.end(Step.TIMED_OUT, "the peer does not answer", now)
 
     def path(self, sa: IkeSa) -> Path:
-        """Where the request goes."""
-        return sa.path
+        """Where the request goes: while a move is under way, over the new path (RFC 4555 section 3.5)."""
+        return sa.move_path
 
     def tries(self, settings: IkeSettings) -> int:
         """Transmissions before giving up."""
