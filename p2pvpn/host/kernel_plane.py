@@ -33,22 +33,19 @@ from p2pvpn.core.address import Endpoint, IpAddress, IpNetwork, Path
 from p2pvpn.core.child import ChildSa
 from p2pvpn.core.datagram import SPI_MARK
 from p2pvpn.core.errors import LocalError
-from p2pvpn.core.selector import Selector
 from p2pvpn.mesh.ports import SaUsage
 
 from .guard import Guard
-from .kernel_trap import SA_PRIORITY, Reinjector, Trap, wide_policies
+from .kernel_child import InstalledChild, is_exact, pairs_of, priority
+from .kernel_trap import Reinjector, Trap, wide_policies
 from .netlink import Netlink
 from .tun import MAX_MTU, MIN_MTU
 from .xfrm import (
     MAX_TEMPLATES,
-    REQIDS,
-    Counted,
     Direction,
     Flow,
     Message,
     Pair,
-    State,
     Template,
     Xfrm,
     XfrmError,
@@ -64,8 +61,6 @@ log = logging.getLogger(__name__)
 
 LOOK_PAUSE_S = 1.0
 """Between looks whether the policies of SAs in use still stand."""
-MAX_PAIRS = 256
-"""Pairs of prefixes, so policies in each direction, of one Child SA."""
 
 _UDP_ENCAP, _UDP_GRO, _ESPINUDP = 100, 104, 2
 _GONE = (errno.ENOENT, errno.ESRCH)
@@ -73,40 +68,6 @@ _GONE = (errno.ENOENT, errno.ESRCH)
 
 def _ignore(*_: object) -> None:
     """Before the engine listens."""
-
-
-class _Child:
-    """One installed Child SA, and where its two states are now."""
-
-    __slots__ = ("asked", "base", "child", "flow_in", "flow_out", "last_at", "pairs", "seen", "told")
-
-    def __init__(self, child: ChildSa, pairs: tuple[Pair, ...], path: Path) -> None:
-        self.child = child
-        self.pairs = pairs
-        self.asked = child.path
-        self.flow_out = Flow(path.local, path.remote)
-        self.flow_in = Flow(path.remote, path.local)
-        self.told: Endpoint = path.remote
-        self.base = [0, 0, 0, 0]
-        """Packets and bytes in, packets and bytes out of states that were replaced by a move."""
-        self.seen = [0, 0, 0, 0]
-        self.last_at = [0.0, 0.0]
-        """In and out; loop time of the look that found new packets."""
-
-    @property
-    def reqid(self) -> int:
-        return REQIDS.start + self.child.id % len(REQIDS)
-
-    def state(self, flow: Flow, replay: bytes = b"", *, inbound: bool) -> State:
-        child = self.child
-        spi, key = (child.spi_in, child.key_in) if inbound else (child.spi_out, child.key_out)
-        return State(flow, spi, self.reqid, child.suite, key, child.esn, inbound, replay)
-
-    def keep_counts(self, counted: Counted, *, inbound: bool) -> None:
-        """Before a state is replaced by one that counts from zero."""
-        at = 0 if inbound else 2
-        self.base[at] += counted.packets
-        self.base[at + 1] += counted.octets
 
 
 class _Network:
@@ -137,11 +98,11 @@ class KernelPlane:
         self._events: XfrmEvents | None = None
         self._reinjector: Reinjector | None = None
         self._networks: dict[str, _Network] = {}
-        self._children: dict[int, _Child] = {}
-        self._by_spi: dict[int, _Child] = {}
-        self._accepting: dict[Pair, list[_Child]] = {}
+        self._children: dict[int, InstalledChild] = {}
+        self._by_spi: dict[int, InstalledChild] = {}
+        self._accepting: dict[Pair, list[InstalledChild]] = {}
         """By the pair in outbound direction: who is accepted, the newest last."""
-        self._sending: dict[Pair, list[_Child]] = {}
+        self._sending: dict[Pair, list[InstalledChild]] = {}
         """By pair: whom `use` was said of, the one in use last."""
         self._wide: dict[Pair, None] = {}
         """Those of them that are not about one address at each end and all protocols."""
@@ -277,7 +238,7 @@ class KernelPlane:
             raise LocalError(f"Child SA {child.id} is installed already")
         if child.spi_in in self._by_spi:
             raise LocalError(f"SPI {child.spi_in:#010x} is taken")
-        entry = _Child(child, _pairs(child), _with_source(child.path))
+        entry = InstalledChild(child, pairs_of(child), _with_source(child.path))
         kernel.request(set_state(entry.state(entry.flow_in, inbound=True)))
         self._children[child.id] = self._by_spi[child.spi_in] = entry
         for pair in entry.pairs:
@@ -296,7 +257,7 @@ class KernelPlane:
             if entry in users:
                 users.remove(entry)
             users.append(entry)
-            if not _is_exact(pair):
+            if not is_exact(pair):
                 self._wide[pair] = None
             messages.append(self._send_by(pair, entry))
         self._xfrm.request(*messages)
@@ -364,7 +325,7 @@ class KernelPlane:
 
     # ------------------------------------------------------------------ policies
 
-    def _accept(self, entry: _Child) -> list[Message]:
+    def _accept(self, entry: InstalledChild) -> list[Message]:
         """Policies that let in what the SAs of the entry's pairs bring, as many as there are now."""
         messages = []
         for pair in entry.pairs:
@@ -372,12 +333,12 @@ class KernelPlane:
             templates = [Template(other.flow_in, other.reqid, len(accepted) > 1) for other in accepted]
             for direction in self._ways_in(entry, pair):
                 if templates:
-                    messages.append(set_policy(pair.reverse, direction, _priority(pair), templates))
+                    messages.append(set_policy(pair.reverse, direction, priority(pair), templates))
                 else:
                     messages.append(delete_policy(pair.reverse, direction))
         return messages
 
-    def _ways_in(self, entry: _Child, pair: Pair) -> tuple[Direction, ...]:
+    def _ways_in(self, entry: InstalledChild, pair: Pair) -> tuple[Direction, ...]:
         """Packets for an address of our own are never forwarded."""
         network = self._networks.get(entry.child.network)
         is_host = pair.source.prefixlen == pair.source.max_prefixlen
@@ -386,10 +347,10 @@ class KernelPlane:
         return (Direction.IN, Direction.FORWARD)
 
     @staticmethod
-    def _send_by(pair: Pair, entry: _Child) -> Message:
-        return set_policy(pair, Direction.OUT, _priority(pair), [Template(entry.flow_out, entry.reqid)])
+    def _send_by(pair: Pair, entry: InstalledChild) -> Message:
+        return set_policy(pair, Direction.OUT, priority(pair), [Template(entry.flow_out, entry.reqid)])
 
-    async def _forget(self, entry: _Child, *, keep_out: bool = False) -> None:
+    async def _forget(self, entry: InstalledChild, *, keep_out: bool = False) -> None:
         """Take the entry's policies and states away; with `keep_out` the outbound state is somebody else's."""
         del self._children[entry.child.id], self._by_spi[entry.child.spi_in]
         messages = []
@@ -426,7 +387,7 @@ class KernelPlane:
 
     # ------------------------------------------------------------------ moves
 
-    def _relocate(self, entry: _Child) -> None:
+    def _relocate(self, entry: InstalledChild) -> None:
         """Take both states to where the entry shall be now."""
         path = _with_source(entry.asked)
         old_in, old_out = entry.flow_in, entry.flow_out
@@ -448,7 +409,7 @@ class KernelPlane:
         self._carry(entry, taken, old_in, new_in, inbound=True)
 
     def _carry(
-        self, entry: _Child, policies: list[tuple[Pair, Direction]], old: Flow, new: Flow, *, inbound: bool
+        self, entry: InstalledChild, policies: list[tuple[Pair, Direction]], old: Flow, new: Flow, *, inbound: bool
     ) -> None:
         """Move one state with the policies that name it."""
         kernel = self._xfrm
@@ -498,7 +459,7 @@ class KernelPlane:
 
     # ------------------------------------------------------------------ look-ups
 
-    def _known(self, child_id: int) -> _Child:
+    def _known(self, child_id: int) -> InstalledChild:
         entry = self._children.get(child_id)
         if entry is None:
             raise LocalError(f"there is no Child SA {child_id}")
@@ -552,39 +513,3 @@ def _with_source(path: Path) -> Path:
         probe.connect((path.remote.host, path.remote.port or 9))
         return Path(Endpoint.of(probe.getsockname()[0], path.local.port), path.remote)
     return path
-
-
-def _is_exact(pair: Pair) -> bool:
-    lengths = pair.source.prefixlen, pair.destination.prefixlen
-    return lengths == (pair.source.max_prefixlen,) * 2 and not any(pair[2:])
-
-
-def _priority(pair: Pair) -> int:
-    """Longest prefixes first, as routes are chosen."""
-    return SA_PRIORITY - pair.source.prefixlen - pair.destination.prefixlen
-
-
-def _pairs(child: ChildSa) -> tuple[Pair, ...]:
-    """Prefix by prefix, what the SA sends. Raises LocalError for what policies cannot say."""
-    pairs: dict[Pair, None] = {}
-    for near in child.local:
-        for far in child.remote:
-            if near.version != far.version or (near.protocol and far.protocol and near.protocol != far.protocol):
-                continue
-            ports = _port(near), _port(far)
-            for source in near.networks():
-                for destination in far.networks():
-                    pairs[Pair(source, destination, near.protocol or far.protocol, *ports)] = None
-                    if len(pairs) > MAX_PAIRS:
-                        raise LocalError(f"the selectors make more than {MAX_PAIRS} policies")
-    if not pairs:
-        raise LocalError("the selectors have no address family in common")
-    return tuple(pairs)
-
-
-def _port(selector: Selector) -> int:
-    if (selector.start_port, selector.end_port) == (0, 65535):
-        return 0
-    if selector.start_port == selector.end_port:
-        return selector.start_port
-    raise LocalError("the kernel plane takes one port or all, no range")

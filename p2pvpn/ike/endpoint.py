@@ -42,6 +42,7 @@ from .message import (
 from .notifies import Notify, NotifyType
 from .outputs import Refused
 from .payloads import MAX_NONCE_BYTES, MIN_NONCE_BYTES, Notification
+from .receiving import receive
 from .rules import check_untrusted
 from .sa import IkeSa
 from .states import State, Step
@@ -234,7 +235,7 @@ class IkeEndpoint:
             return []
         sa = self._by_spi.get(header.spi_r if header.initiator else header.spi_i)
         if sa is not None:
-            sa.receive(path, header, data, now)
+            receive(sa, path, header, data, now)
             return self._collect(sa, now)
         is_new = header.exchange == Exchange.IKE_SA_INIT and header.initiator and not header.response
         is_reflected = header.spi_i in self._by_spi

@@ -1,6 +1,6 @@
 """One IKE SA: its state, its keys, its two windows, its timers.
 
-Messages come in by `receive`, time by `tick`, wishes of the engine by the methods named after them. Tasks (package
+Messages come in by `receiving.receive`, time by `tick`, wishes of the engine by methods. Tasks (package
 `tasks`) do the work of the exchanges and change the SA through `advance`, `key`, `establish`, `end` and `emit`. Outputs
 collect in one list, which the endpoint drains after every call.
 
@@ -11,10 +11,9 @@ next in its window, and legal by the rules. Before that it is dropped without a 
 from __future__ import annotations
 
 import contextlib
-from enum import Enum
 
 from p2pvpn.core.address import Path
-from p2pvpn.core.errors import LocalError, WireError
+from p2pvpn.core.errors import LocalError
 from p2pvpn.core.output import Event, Output, Transmit
 from p2pvpn.core.secret import Secret
 from p2pvpn.core.selector import Selector
@@ -22,18 +21,16 @@ from p2pvpn.core.timers import TimerTable
 
 from .channel import Channel
 from .children import Children
-from .codes import Exchange, Protocol
+from .codes import Exchange
 from .config import Credential, Local, RemoteIdentity
-from .family import hand_over
 from .keylog import ESP_TABLE, IKE_TABLE, esp_lines, ike_line
 from .keys import IkeKeys
-from .message import CriticalPayloadError, Header, notifications
-from .notifies import Notify, NotifyType
+from .message import Header, notifications
+from .notifies import Notify
 from .outputs import (
     InstallChild,
     MoveChild,
     MoveFailed,
-    PeerPathHint,
     Refused,
     RemoveChild,
     SaClosed,
@@ -41,30 +38,18 @@ from .outputs import (
     SaMoved,
     SendKeepalive,
 )
-from .payloads import Delete, Payload
+from .payloads import Payload
 from .proposals import IkeSuite
-from .protect import Opened
-from .rules import rule_for
-from .states import REQUESTS, State, Step, after
+from .states import State, Step, after
 from .tasks.create import CreateChild, close_child
 from .tasks.followup import Creation, Half
 from .tasks.inform import Inform, Probe, delete_request
 from .tasks.init import Handshake, PeerFeatures
 from .tasks.mobike import Move, begin_move, fail_move
 from .tasks.rekey import RekeyIke
-from .tasks.responders import RESPONDERS
-from .tasks.task import Received, Refusal, Reply, Task, Verdict
+from .tasks.task import Task
+from .timers import Timer
 from .window import Answers, Outstanding, Requests
-
-
-class Timer(Enum):
-    RETRANSMIT = "the request under way is sent again, or given up"
-    DOUBT = "an unprotected error came, and no true answer since"
-    END = "a half-open, deleting or lingering SA is forgotten"
-    LIVENESS = "nothing was heard of the peer for a while: it is probed"
-    CHILDREN = "a replaced Child SA has received for long enough"
-    LATER = "what the peer could not do before is asked again"
-    KEEPALIVE = "the NAT in front of us is about to forget the mapping"
 
 
 class IkeSa:
@@ -547,144 +532,6 @@ class IkeSa:
     def _transmit(self, path: Path, packets: tuple[bytes, ...]) -> None:
         for packet in packets:
             self.emit(Transmit(path, packet))
-
-    # Messages of the peer
-
-    def receive(self, path: Path, header: Header, data: bytes, now: float) -> None:
-        """A datagram with our SPI."""
-        if header.initiator == self.initiator or header.spi_i != self.spi_i:
-            return
-        if self.state in (State.LINGERING, State.CLOSED) and header.response:
-            return
-        if header.response:
-            self._receive_answer(path, header, data, now)
-        elif header.spi_r == self.spi_r:
-            self._receive_request(path, header, data, now)
-        self._pump(now)
-
-    def _receive_answer(self, path: Path, header: Header, data: bytes, now: float) -> None:
-        waiting = self.requests.outstanding
-        if waiting is None or (header.exchange, header.message_id) != (waiting.task.exchange, waiting.message_id):
-            return
-        try:
-            received = self._read_answer(path, header, data)
-        except WireError as problem:
-            if self._channel.is_protected:
-                self._break(f"an answer that breaks the protocol: {problem}", now)
-            return
-        if received is None:
-            return
-        self._note(received, now)
-        self.requests.answered(now)
-        self.requests.outstanding = None
-        self.requests.next_id = waiting.message_id + 1
-        try:
-            verdict = waiting.task.answered(self, received, now)
-        except WireError as problem:
-            self._break(f"an answer that breaks the protocol: {problem}", now)
-            return
-        if verdict is Verdict.DONE:
-            if self.requests.outstanding is None:
-                self._timers.clear(Timer.RETRANSMIT)
-            return
-        self.requests.next_id = waiting.message_id
-        if verdict is Verdict.IGNORED:
-            self.requests.outstanding = waiting
-        else:
-            self._ask(waiting.task, now)
-
-    def _read_answer(self, path: Path, header: Header, data: bytes) -> Received | None:
-        """None when it is not authentic or not whole yet. Raises WireError when it is, and breaks the protocol."""
-        if not self._channel.is_protected:
-            return self._channel.read_clear_untrusted(path, data)
-        opened = self._channel.open(header, data) if header.spi_r == self.spi_r else None
-        return None if opened is None else self._channel.read_untrusted(path, header, opened)
-
-    def _break(self, reason: str, now: float) -> None:
-        """An authenticated message that breaks the protocol ends the SA (RFC 7296 section 2.21)."""
-        self.requests.outstanding = None
-        fatal = Step.REFUSED if self.state in (State.MIXING_SENT, State.AUTH_SENT) else Step.BROKEN
-        self.end(fatal, reason, now)
-
-    def _receive_request(self, path: Path, header: Header, data: bytes, now: float) -> None:
-        if self.answers.is_last(header.exchange, header.message_id):
-            if header.exchange != Exchange.IKE_SA_INIT:
-                again = self.answers.again(now, lambda: self._channel.is_repeated(data))
-                self._transmit(path, again)
-                self.children.answered_at = now if again else self.children.answered_at
-            return
-        rule = rule_for(header.exchange, False)
-        if header.message_id != self.answers.expected_id or rule is None:
-            return
-        if header.exchange not in REQUESTS[self.state]:
-            return
-        opened = self._channel.open(header, data)
-        if opened is not None:
-            self._answer(path, header, opened, now)
-
-    def _answer(self, path: Path, header: Header, opened: Opened, now: float) -> None:
-        """An authentic request in its turn: the answer goes where it came from (RFC 7296 section 2.11)."""
-        reply, before = Reply(), len(self._out)
-        try:
-            received = self._channel.read_untrusted(path, header, opened)
-            self._be_believed(received, now)
-            self.children.unconfirmed.clear()
-            reply = RESPONDERS[Exchange(header.exchange)](self, received, now)
-            self._note(received, now)
-        except Refusal as refusal:
-            reply = self._refuse(refusal)
-        except CriticalPayloadError as problem:
-            kind = NotifyType.UNSUPPORTED_CRITICAL_PAYLOAD
-            fatal = self.established_at is None
-            reply = self._refuse(Refusal(str(problem), kind, bytes([problem.kind]), fatal=fatal))
-        except WireError as problem:
-            del self._out[before:]
-            reply = Reply(
-                tuple(notifications([Notify(NotifyType.INVALID_SYNTAX)])),
-                (),
-                Step.BROKEN,
-                f"it sent nonsense: {problem}",
-            )
-        own = self._header(header.exchange, header.message_id, response=True)
-        packets = self._channel.pack(own, reply.payloads)
-        self.answers.store(header.exchange, packets)
-        self.children.answered_at = now
-        self._transmit(path, packets)
-        for output in reply.then:
-            self.emit(output)
-        if reply.keys is not None:
-            self.mix(reply.keys)
-        successor = self.after_answer
-        if successor is not None:
-            self.after_answer = None
-            hand_over(self, successor, now)
-        if reply.step is Step.AUTHENTICATED:
-            self.establish(now)
-        elif reply.step is not None:
-            self.end(reply.step, reply.reason, now)
-
-    def _be_believed(self, received: Received, now: float) -> None:
-        """The peer uses a successor that it made while we were making one too: so that is the one that stays."""
-        old = self.predecessor
-        ends = any(one.protocol == Protocol.IKE for one in received.message.all(Delete))
-        if old is not None and not ends:
-            old.creating = None
-            hand_over(old, self, now)
-
-    def _refuse(self, refusal: Refusal) -> Reply:
-        step = Step.REFUSED if refusal.fatal else None
-        return Reply(tuple(notifications([refusal.notify])), (), step, str(refusal))
-
-    def _note(self, received: Received, now: float) -> None:
-        """An authentic, new message: the peer is alive, and this is where it is."""
-        if self.state is not State.ESTABLISHED:
-            return
-        self.heard(now)
-        remote = received.path.remote
-        known = (self.path.remote, self.move_path.remote)
-        if remote not in known and (self._hinted is None or self._hinted.remote != remote):
-            self._hinted = received.path
-            self.emit(PeerPathHint(self.id, received.path))
 
     def _remove_children(self) -> None:
         for child_id in self.children.take_all():
