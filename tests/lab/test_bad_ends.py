@@ -60,7 +60,7 @@ def victims(machine: Machine, kind: str) -> list[int]:
 
 
 @pytest.mark.netns
-@pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.timeout(60 + 15 * MOMENTS)
 def test_the_state_stands_whenever_and_however_it_ends(hub: tuple[Machine, str], capsys) -> None:
     machine, grant = hub

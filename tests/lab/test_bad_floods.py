@@ -24,7 +24,7 @@ from p2pvpn.lab.net import Lab, Node
 from p2pvpn.lab.stage import Stage
 from tests.cli.machines import Machine, new_admin, short_directory
 
-pytestmark = [pytest.mark.netns, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.netns, pytest.mark.campaign, pytest.mark.timeout(600)]
 
 RATE = float(os.environ.get("P2PVPN_FLOOD_RATE", "5000"))
 MEMBER_RATE = RATE / 25
