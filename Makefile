@@ -59,6 +59,9 @@ bad-input: $(VENV)/.test ## 200 kills at random moments, floods at 50,000 packet
 	P2PVPN_MOMENTS=200 P2PVPN_FLOOD_RATE=50000 P2PVPN_FLOOD_S=10 \
 		$(BIN)/pytest tests/lab/test_bad_ends.py tests/lab/test_bad_floods.py $(ARGS)
 
+planes: $(VENV)/.test ## the kernel plane in User-Mode Linux: the shared suite, strongSwan, kill -9
+	$(BIN)/pytest tests/planes/test_in_uml.py $(ARGS)
+
 fresh: ## `make test` inside a freshly debootstrapped Debian
 	tools/fresh $(ARGS)
 

@@ -11,10 +11,10 @@ import pytest
 from p2pvpn.lab import uml
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 900
+SECONDS = 1500
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.netns
 @pytest.mark.timeout(SECONDS + 90)
 @pytest.mark.skipif(uml.is_inside(), reason="this is the guest")
