@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from enum import Enum
 
 from p2pvpn.core import stun
 from p2pvpn.core.address import Endpoint, Path, any_local
@@ -19,6 +18,7 @@ from p2pvpn.core.errors import WireError
 from p2pvpn.core.output import Event, Output, Transmit
 from p2pvpn.core.ports import Entropy
 
+from .behaviour import Mapping
 from .candidates import Candidate, CandidateKind, is_usable
 
 MAX_HUBS = 16
@@ -32,19 +32,6 @@ RM = 4.0
 REFRESH_S = 25.0
 """Between rounds: keeps the mapping open (RFC 4787 asks for 2 min, 30 s is seen)."""
 JITTER = 0.1
-
-
-class Mapping(Enum):
-    """How our NAT maps the shared socket."""
-
-    UNKNOWN = "unknown"
-    """Fewer than two hubs answered."""
-    NONE = "none"
-    """The hubs see our own address."""
-    ENDPOINT_INDEPENDENT = "endpoint-independent"
-    """Two hubs see the same address: what they see works for peers."""
-    ENDPOINT_DEPENDENT = "endpoint-dependent"
-    """Two hubs see different ones: peers will see yet another."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,11 +14,12 @@ from p2pvpn.core.address import Endpoint, Path
 from p2pvpn.core.errors import LocalError
 from p2pvpn.core.output import Transmit
 from p2pvpn.core.secret import Secret
+from p2pvpn.punch.behaviour import Mapping
 from p2pvpn.punch.candidates import CandidateKind
 from p2pvpn.punch.credentials import IceCredentials, derive
 from p2pvpn.punch.limits import CHECKS_BURST, CHECKS_PER_S, SILENCE_S, SILENT_PACKETS, TA_S, PunchLimits
 from p2pvpn.punch.reflector import REQUESTS_BURST, Reflector, reflect
-from p2pvpn.punch.reflexive import RC, REFRESH_S, Mapping, ReflexiveLearned, ReflexiveLost, ReflexiveProbe
+from p2pvpn.punch.reflexive import RC, REFRESH_S, ReflexiveLearned, ReflexiveLost, ReflexiveProbe
 
 from .fakenet import PORT, Host, Net, Peer, pair_up
 
