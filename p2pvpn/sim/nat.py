@@ -30,7 +30,7 @@ LAST_PORT = 65535
 """Range of ports that are chosen; a preserved port may lie below (REQ-3)."""
 DRAWS = 32
 """Random draws before the next free port upwards is taken: enough while the table is less than 80 % full."""
-MAX_PERMITS = 1024
+MAX_PERMITS = 4096
 """Remotes that one mapping remembers; the least recently used one is forgotten."""
 
 
@@ -61,39 +61,66 @@ class Ports(Enum):
     """The next one upwards, which is what port prediction lives on."""
 
 
+TIMEOUT_S = 300.0
+"""Of a mapping: what REQ-5 recommends; it forbids less than two minutes, and many home routers have 30 s."""
+
+
 @dataclass(frozen=True, slots=True)
 class NatKind:
-    """How a NAT behaves. Times in seconds; `table` is the greatest number of mappings."""
+    """How a NAT behaves. Times in seconds; `table` is the greatest number of mappings.
+
+    A sequential allocator goes on by `step` ports per mapping. `others_per_s` mappings are opened by other hosts behind
+    the same NAT, which we do not see but for the ports that they take.
+    """
 
     mapping: Rule
     filtering: Rule
     ports: Ports = Ports.PRESERVE
     hairpin: bool = True
-    timeout_s: float = 300.0
-    """REQ-5 recommends five minutes and forbids less than two; many home routers have 30 s."""
+    timeout_s: float = TIMEOUT_S
+    step: int = 1
+    others_per_s: float = 0.0
     inbound_refresh: bool = False
     table: int = 4096
 
     def __str__(self) -> str:
-        return f"{self.mapping.value}/{self.filtering.value}/{self.ports.value}" + (
-            "" if self.hairpin else "/no-hairpin"
-        )
+        """As `of` reads it."""
+        fields = [self.mapping.value, self.filtering.value, self.ports.value]
+        if self.step != 1:
+            fields[-1] += f"+{self.step}"
+        if self.others_per_s:
+            fields.append(f"others={self.others_per_s:g}")
+        if self.timeout_s != TIMEOUT_S:
+            fields.append(f"{self.timeout_s:g}s")
+        if not self.hairpin:
+            fields.append("no-hairpin")
+        return "/".join(fields)
 
     @classmethod
     def of(cls, text: str) -> NatKind:
-        """From a name in KINDS, or `mapping/filtering[/ports][/no-hairpin]`. Raises ValueError."""
-        known = KINDS.get(text)
-        if known is not None:
-            return known
-        fields = text.split("/")
-        hairpin = fields[-1] != "no-hairpin"
-        if not hairpin:
-            fields.pop()
-        if fields[0] in KINDS and len(fields) == 1:
-            return replace(KINDS[fields[0]], hairpin=hairpin)
-        if len(fields) not in (2, 3):
-            raise ValueError(f"{text!r} is not a kind of NAT: {', '.join(KINDS)} or mapping/filtering/ports")
-        return cls(Rule(fields[0]), Rule(fields[1]), Ports(fields[2] if len(fields) == 3 else "preserve"), hairpin)
+        """From a name in KINDS or `mapping/filtering`, and what is special: `random`, `sequential`, `sequential+2`,
+        `30s`, `others=5`, `no-hairpin`, as in `symmetric/sequential/30s`. Raises ValueError.
+        """
+        name, *fields = text.split("/")
+        kind = KINDS.get(name)
+        if kind is None:
+            if not fields:
+                raise ValueError(f"{text!r} is not a kind of NAT: {', '.join(KINDS)} or mapping/filtering")
+            kind = cls(Rule(name), Rule(fields.pop(0)))
+        for field in fields:
+            kind = kind._with(field)
+        return kind
+
+    def _with(self, field: str) -> NatKind:
+        """The same kind but for what a field of its name says. Raises ValueError."""
+        name, plus, step = field.partition("+")
+        if field == "no-hairpin":
+            return replace(self, hairpin=False)
+        if field.startswith("others="):
+            return replace(self, others_per_s=float(field.removeprefix("others=")))
+        if field[:1].isdigit() and field.endswith("s"):
+            return replace(self, timeout_s=float(field[:-1]))
+        return replace(self, ports=Ports(name), step=int(step) if plus else 1)
 
 
 KINDS = {
@@ -130,6 +157,7 @@ class Nat:
         self._by_key: OrderedDict[Hashable, _Mapping] = OrderedDict()  # least recently used first
         self._by_external: dict[Endpoint, _Mapping] = {}
         self._next_port = draw.randint(FIRST_PORT, LAST_PORT)
+        self._others_at: float | None = None
 
     def __len__(self) -> int:
         """Mappings held, some of which may have timed out."""
@@ -208,6 +236,7 @@ class Nat:
             if len(self._by_key) < self.kind.table and not self._is_dead(oldest, now):
                 break
             self._forget(oldest)
+        self._let_others_open(now)
         host = self.public[zlib.crc32(source.host.encode()) % len(self.public)]
         port = self._choose_port(host, source.port)
         if port is None:
@@ -220,7 +249,7 @@ class Nat:
         if self.kind.ports is Ports.SEQUENTIAL:
             port = self._free_from(host, self._next_port)
             if port is not None:
-                self._next_port = port + 1 if port < LAST_PORT else FIRST_PORT
+                self._next_port = self._after(port, self.kind.step)
             return port
         if self.kind.ports is Ports.PRESERVE and (host, wanted) not in self._by_external:
             return wanted
@@ -230,10 +259,22 @@ class Nat:
                 return port
         return self._free_from(host, self._draw.randint(FIRST_PORT, LAST_PORT))
 
+    def _let_others_open(self, now: float) -> None:
+        """The ports that other hosts took since the last mapping of ours, at random moments."""
+        since, self._others_at = self._others_at, now
+        expected = self.kind.others_per_s * (now - since) if since is not None else 0.0
+        taken = 0
+        while expected and (expected := expected - self._draw.expovariate(1.0)) > 0.0:
+            taken += 1
+        self._next_port = self._after(self._next_port, taken * self.kind.step)
+
+    @staticmethod
+    def _after(port: int, count: int) -> int:
+        return FIRST_PORT + (port - FIRST_PORT + count) % (LAST_PORT - FIRST_PORT + 1)
+
     def _free_from(self, host: str, start: int) -> int | None:
-        span = LAST_PORT - FIRST_PORT + 1
-        for step in range(span):
-            port = FIRST_PORT + (start - FIRST_PORT + step) % span
+        for step in range(LAST_PORT - FIRST_PORT + 1):
+            port = self._after(start, step)
             if (host, port) not in self._by_external:
                 return port
         return None

@@ -1,8 +1,8 @@
-"""What must be possible between two hosts: a direct path, or only a relayed one.
+"""What must be possible between two hosts: a direct path by which means, or only a relayed one.
 
 Derived from what mappings and filters do, and from nothing that the product does. Both hosts know each other's
 *reflexive* endpoint, the one that a hub sees; each keeps sending from its one socket to the other's, answers what
-comes in, and no more (no port prediction, no birthday method, no port mapping).
+comes in, and no more.
 
     X's packet reaches Y   when every NAT of Y lets it in. A NAT with endpoint-independent filtering does. Any other
                            does only if Y's own packets to X went through the very mapping that the hub saw, which
@@ -18,6 +18,12 @@ comes in, and no more (no port prediction, no birthday method, no port mapping).
 A path is direct when the first two hold in at least one direction and both settle. Before that: hosts on one LAN need
 no NAT at all; a NAT that both are behind must turn packets back (hairpin); and a network that blocks UDP leaves only
 streams to a relay.
+
+What is left can be *guessed* if one side shows every destination the same endpoint. Then the other side's packets to it
+have opened all its NATs and firewalls for it, and all that is unknown is the port that they left by. Where the
+allocator of that port goes on by steps it is one of the next; where it is random, many sockets on that side against
+many probes of the other meet by the birthday paradox: with s sockets and p probes of n ports each, 1 - (1 - s/n)^p.
+If both sides show each destination another endpoint, a guess would have to be right about both: nothing is promised.
 """
 
 from __future__ import annotations
@@ -26,14 +32,30 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from .nat import NatKind, Rule
+from .nat import NatKind, Ports, Rule
+
+BIRTHDAY_SHARE = 0.96
+"""Of the seeds in which the birthday method has to meet."""
 
 
 class Verdict(Enum):
     """How a pair must come together."""
 
     DIRECT = "direct"
+    """By sending to the reflexive endpoint alone."""
+    PREDICTED = "predicted"
+    """Directly, as the next port of an endpoint-dependent NAT can be told."""
+    BIRTHDAY = "birthday"
+    """Directly in most cases, by many guesses."""
     RELAYED = "relayed"
+    """Nothing better is promised, nor forbidden."""
+    STREAM = "needs TCP"
+    """UDP is blocked on the way to the relay."""
+
+    @property
+    def direct_share(self) -> float:
+        """Of many seeds, how many have to find a direct path."""
+        return {Verdict.DIRECT: 1.0, Verdict.PREDICTED: 1.0, Verdict.BIRTHDAY: BIRTHDAY_SHARE}.get(self, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +66,11 @@ class Box:
     mapping: Rule
     filtering: Rule
     hairpin: bool = True
+    ports: Ports = Ports.PRESERVE
 
     @classmethod
     def of(cls, name: Hashable, kind: NatKind) -> Box:
-        return cls(name, kind.mapping, kind.filtering, kind.hairpin)
+        return cls(name, kind.mapping, kind.filtering, kind.hairpin, kind.ports)
 
     @classmethod
     def firewall(cls, name: Hashable, filtering: Rule) -> Box:
@@ -70,16 +93,26 @@ def verdict(one: Side, other: Side) -> Verdict:
     if one.lan == other.lan:
         return Verdict.DIRECT
     if one.udp_blocked or other.udp_blocked:
+        return Verdict.STREAM
+    families = [
+        _of_family(mine, theirs)
+        for mine, theirs in ((one.ipv6, other.ipv6), (one.ipv4, other.ipv4))
+        if mine is not None and theirs is not None
+    ]
+    return next((best for best in Verdict if best in families), Verdict.RELAYED)
+
+
+def _of_family(one: Sequence[Box], other: Sequence[Box]) -> Verdict:
+    if one and other and one[-1].name == other[-1].name and not one[-1].hairpin:
         return Verdict.RELAYED
-    for mine, theirs in ((one.ipv6, other.ipv6), (one.ipv4, other.ipv4)):
-        if mine is not None and theirs is not None and _is_direct(mine, theirs):
-            return Verdict.DIRECT
-    return Verdict.RELAYED
+    if _is_direct(one, other):
+        return Verdict.DIRECT
+    if not (_keeps_endpoint(one) or _keeps_endpoint(other)):
+        return Verdict.RELAYED
+    return Verdict.PREDICTED if _is_predictable(other if _keeps_endpoint(one) else one) else Verdict.BIRTHDAY
 
 
 def _is_direct(one: Sequence[Box], other: Sequence[Box]) -> bool:
-    if one and other and one[-1].name == other[-1].name and not one[-1].hairpin:
-        return False
     if _maps_by_port(one) and _maps_by_port(other):
         return False
     return any(_reaches(x, y) and _answers(y, x) for x, y in ((one, other), (other, one)))
@@ -105,6 +138,17 @@ def _answers(receiver: Sequence[Box], sender: Sequence[Box]) -> bool:
 def _keeps_endpoint(boxes: Sequence[Box]) -> bool:
     """Whether every destination sees the same endpoint."""
     return all(box.mapping is Rule.EI for box in boxes)
+
+
+def _is_predictable(boxes: Sequence[Box]) -> bool:
+    """Whether the port of the next mapping follows from the last one.
+
+    The first NAT that maps endpoint-dependently and all outside of it make a new mapping then; the outermost of them
+    that does not preserve the port decides. A port that the first one would preserve is taken.
+    """
+    first = next(depth for depth, box in enumerate(boxes) if box.mapping is not Rule.EI)
+    chosen = (box.ports for box in reversed(boxes[first:]) if box.ports is not Ports.PRESERVE)
+    return next(chosen, None) is Ports.SEQUENTIAL
 
 
 def _maps_by_port(boxes: Sequence[Box]) -> bool:

@@ -72,8 +72,12 @@ class Home:
         """Firewalls from here to the public Internet, or None without IPv6."""
         if all(prefix.version == 4 for prefix in self.lan.prefixes):
             return None
+        return self._firewalls()
+
+    def _firewalls(self) -> tuple[Box, ...]:
         firewall = self.router.firewall
-        return () if firewall is None else (Box.firewall(self.name, firewall.filtering),)
+        own = () if firewall is None else (Box.firewall(self.name, firewall.filtering),)
+        return own + (self.above._firewalls() if self.above is not None else ())
 
     @property
     def blocks_udp(self) -> bool:
@@ -174,7 +178,7 @@ class World:
         """A LAN behind a router: `nat` is a kind or its name, or `none` for public IPv4 addresses inside.
 
         `behind` puts it into another home's LAN (a carrier's network, say: `lan="100.64.0.0/10"`); `ipv6` gives it a
-        prefix of its own behind a `firewall`.
+        prefix of its own behind a `firewall`, also there.
         """
         name = name or f"home{len(self.homes) + 1}"
         if name in self.homes:
@@ -185,8 +189,6 @@ class World:
         above = self.internet.public if behind is None else behind.lan
         outside = [next(self._lines)] if behind is None else behind.next_addresses()[:1]
         if ipv6:
-            if behind is not None:
-                raise LocalError("IPv6 prefixes are given to lines of the public Internet only")
             prefixes.append(f"2001:db8:{number:x}::/64")
             outside.append(f"2001:db8:fffe::{number:x}")
         segment = self.internet.segment(f"{name} LAN", *prefixes)
@@ -201,6 +203,10 @@ class World:
             line=line,
             blocks_udp=blocks_udp,
         )
+        outer = behind if ipv6 else None
+        while outer is not None:  # every network further out knows the way to the prefix
+            outer.router.outside.segment.route(segment.prefixes[1], outer.router.outside)
+            outer = outer.above
         home = self.homes[name] = Home(name, segment, router, behind, iter(range(2, 1 << 16)))
         return home
 

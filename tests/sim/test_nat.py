@@ -62,8 +62,12 @@ def test_a_kind_is_read_from_its_name_or_its_rules():
     assert NatKind.of("ad/apd/sequential") == NatKind(Rule.AD, Rule.APD, Ports.SEQUENTIAL)
     assert NatKind.of("ei/ad/no-hairpin") == NatKind(Rule.EI, Rule.AD, hairpin=False)
     assert not NatKind.of("full-cone/no-hairpin").hairpin
-    assert NatKind.of(str(NatKind.of("apd/ad/random/no-hairpin"))) == NatKind.of("apd/ad/random/no-hairpin")
-    for wrong in ("", "cone", "ei", "ei/ei/even", "ei/ei/random/more"):
+    assert NatKind.of("symmetric/sequential+2/30s") == NatKind(
+        Rule.APD, Rule.APD, Ports.SEQUENTIAL, timeout_s=30.0, step=2
+    )
+    for text in ("apd/ad/random/no-hairpin", "ei/ei/preserve/45s", "ad/apd/sequential+4/others=2.5/30s/no-hairpin"):
+        assert str(NatKind.of(text)) == text
+    for wrong in ("", "cone", "ei", "ei/ei/even", "ei/ei/random/more", "symmetric/sequential+x", "full-cone/xs"):
         with pytest.raises(ValueError):
             NatKind.of(wrong)
 
@@ -80,6 +84,14 @@ def test_sequential_ports_follow_each_other():
     nat = nat_of("apd/apd/sequential")
     ports = [nat.translate_out(INSIDE, Endpoint("192.0.2.1", port), 0).port for port in range(1, 6)]
     assert [later - earlier for earlier, later in pairwise(ports)] == [1] * 4
+
+
+def test_other_hosts_take_ports_of_a_sequential_allocator_as_time_goes_by():
+    nat = nat_of("apd/apd/sequential+2/others=10")
+    at = [nat.translate_out(INSIDE, Endpoint("192.0.2.1", port), now).port for port, now in ((1, 0), (2, 0), (3, 10))]
+    assert (at[1] - at[0]) == 2
+    assert 2 * 60 < at[2] - at[1] < 2 * 140
+    assert (at[2] - at[1]) % 2 == 0
 
 
 def test_random_ports_do_not_follow_each_other():

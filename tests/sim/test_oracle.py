@@ -7,6 +7,7 @@ import random
 import pytest
 
 from p2pvpn.core.address import Endpoint
+from p2pvpn.sim import nat
 from p2pvpn.sim.host import SimHost
 from p2pvpn.sim.internet import ACCESS, Internet
 from p2pvpn.sim.loop import VirtualLoop
@@ -85,8 +86,8 @@ def lan_below(above, name, prefix, kind):
     return lan
 
 
-def punch(chains, common=()):
-    """Whether the two hosts find a path by sending alone."""
+def punch(chains, common=(), *, guess=False):
+    """Whether the two hosts find a path by sending alone; with `guess`, also to every other port of the far side."""
     loop = VirtualLoop()
     try:
         hub, hosts = build(loop, chains, common)
@@ -99,6 +100,11 @@ def punch(chains, common=()):
             await asyncio.sleep(1)
             ends[0].known.add(ends[1].reflexive)
             ends[1].known.add(ends[0].reflexive)
+            if guess:
+                for end, far in (ends, ends[::-1]):
+                    end.known |= {
+                        Endpoint(far.reflexive.host, port) for port in range(nat.FIRST_PORT, nat.LAST_PORT + 1)
+                    }
             for _ in range(ROUNDS):
                 for end in ends:
                     end.check()
@@ -158,6 +164,20 @@ def test_the_oracle_agrees_with_brute_force_behind_a_common_nat():
     assert outcomes == {True, False}
 
 
+def test_what_the_oracle_calls_a_guess_is_found_by_whoever_tries_every_port(monkeypatch):
+    monkeypatch.setattr(nat, "FIRST_PORT", 7000)
+    monkeypatch.setattr(nat, "LAST_PORT", 7063)
+    draw = random.Random(3)
+    hard = 0
+    for _ in range(60):
+        chains = [draw.choices(kinds, k=draw.choice((1, 1, 2))) for kinds in (KINDS[:3], KINDS[3:])]
+        sides = [side(*map(str, chain)) for chain in chains]
+        if verdict(*sides) in (Verdict.PREDICTED, Verdict.BIRTHDAY):
+            hard += 1
+            assert punch(chains, guess=True), story_of(chains)
+    assert hard > 10
+
+
 def side(*kinds, lan=None, **more):
     return Side(lan or object(), tuple(Box.of(object(), NatKind.of(kind)) for kind in kinds), **more)
 
@@ -170,7 +190,7 @@ def test_endpoint_independent_mapping_on_both_sides_is_direct_for_every_filter()
 def test_symmetric_needs_a_far_side_that_overlooks_ports():
     assert verdict(side("symmetric"), side("full-cone")) is Verdict.DIRECT
     assert verdict(side("symmetric"), side("restricted")) is Verdict.DIRECT
-    assert verdict(side("symmetric"), side("port-restricted")) is Verdict.RELAYED
+    assert verdict(side("symmetric"), side("port-restricted")) is Verdict.BIRTHDAY
     assert verdict(side("symmetric"), side("symmetric")) is Verdict.RELAYED
     assert verdict(side("symmetric"), side()) is Verdict.DIRECT
 
@@ -180,8 +200,36 @@ def test_one_lan_is_direct_whatever_its_nat():
     assert verdict(Side("lan", (box,), udp_blocked=True), Side("lan", (box,))) is Verdict.DIRECT
 
 
-def test_blocked_udp_is_relayed():
-    assert verdict(side("full-cone", udp_blocked=True), side()) is Verdict.RELAYED
+def test_blocked_udp_leaves_streams_to_a_relay():
+    assert verdict(side("full-cone", udp_blocked=True), side()) is Verdict.STREAM
+
+
+@pytest.mark.parametrize(
+    ("chain", "want"),
+    [
+        (["symmetric/sequential"], Verdict.PREDICTED),
+        (["symmetric/random"], Verdict.BIRTHDAY),
+        (["symmetric/preserve"], Verdict.BIRTHDAY),
+        (["port-restricted", "symmetric/sequential"], Verdict.PREDICTED),
+        (["symmetric/sequential", "port-restricted/preserve"], Verdict.PREDICTED),
+        (["symmetric/sequential", "port-restricted/random"], Verdict.BIRTHDAY),
+        (["port-restricted/sequential", "symmetric/preserve"], Verdict.BIRTHDAY),
+        (["symmetric/random", "symmetric/sequential"], Verdict.PREDICTED),
+    ],
+)
+def test_the_outermost_nat_that_makes_a_new_mapping_says_whether_its_port_can_be_told(chain, want):
+    assert verdict(side(*chain), side("port-restricted")) is want
+    assert verdict(side(*chain), side("symmetric")) is Verdict.RELAYED
+
+
+def test_the_better_family_decides():
+    one, other = (
+        Side(name, side(nat).ipv4, (Box.firewall(name, Rule.APD),) if six else None)
+        for name, nat, six in (("lan one", "symmetric", True), ("lan two", "port-restricted", False))
+    )
+    assert verdict(one, other) is Verdict.BIRTHDAY
+    assert verdict(one, Side("lan three", None, ())) is Verdict.DIRECT
+    assert verdict(other, Side("lan three", None, ())) is Verdict.RELAYED
 
 
 def test_ipv6_behind_firewalls_makes_symmetric_nats_irrelevant():

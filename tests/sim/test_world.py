@@ -122,12 +122,12 @@ def test_the_oracle_sees_where_machines_are_now(world):
     alice = world.peer("alice", behind=world.home("symmetric"))
     bob, brother = world.peer("bob", behind=strict), world.peer("brother", behind=strict)
     assert world.verdict(alice, hub) is Verdict.DIRECT
-    assert world.verdict(alice, bob) is Verdict.RELAYED
+    assert world.verdict(alice, bob) is Verdict.BIRTHDAY
     assert world.verdict(bob, brother) is Verdict.DIRECT
     world.move(alice, world.home("restricted"))
     assert world.verdict(alice, bob) is Verdict.DIRECT
     strict.router.blocks_udp = True
-    assert world.verdict(alice, bob) is Verdict.RELAYED
+    assert world.verdict(alice, bob) is Verdict.STREAM
     world.move(bob, None)
     assert world.verdict(alice, bob) is Verdict.DIRECT
 
@@ -140,8 +140,27 @@ def test_the_oracle_sees_carriers_and_ipv6(world):
         assert pair[0].home.edge == carrier.router.name
     six = [world.peer(f"six{n}", behind=world.home("symmetric", ipv6=True, firewall=Rule.APD)) for n in range(2)]
     assert world.verdict(*six) is Verdict.DIRECT
-    with pytest.raises(LocalError):
-        world.home(behind=carrier, ipv6=True)
+
+
+def test_an_ipv6_prefix_is_reached_through_the_carrier_and_the_firewall_of_its_home(world):
+    carrier = world.home("port-restricted", lan="100.64.0.0/16")
+    inside = world.peer("inside", behind=world.home("full-cone", behind=carrier, ipv6=True, firewall=Rule.APD))
+    outside = world.peer("outside", ipv6=True)
+    assert world.verdict(inside, outside) is Verdict.DIRECT
+    ends = [next(e for e in machine.host.underlay.local_endpoints() if e.is_ipv6) for machine in (inside, outside)]
+    got = []
+    for machine in (inside, outside):
+        machine.host.sockets.bind(None, 7000, lambda local, remote, data: got.append((remote.host, data)))
+
+    async def send(machine, to):
+        machine.host.send(Endpoint("::", 7000), Endpoint(to.host, 7000), machine.name.encode())
+        await asyncio.sleep(1)
+        return [data for _, data in got]
+
+    assert world.run(send(outside, ends[0])) == []
+    assert world.run(send(inside, ends[1])) == [b"inside"]
+    assert world.run(send(outside, ends[0])) == [b"inside", b"outside"]
+    assert [host for host, _ in got] == [end.host for end in ends]
 
 
 def test_a_home_without_nat_has_public_addresses_inside(world):
