@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 
 from p2pvpn.lab import uml
-from p2pvpn.lab.demo import ROOT, kernel_has_esp
+from p2pvpn.lab.acts import ROOT
+from p2pvpn.lab.demo import kernel_has_esp
 from p2pvpn.lab.namespace import fork_into_lab
 from p2pvpn.lab.nat import NatKind
 from p2pvpn.lab.net import Lab

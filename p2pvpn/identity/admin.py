@@ -3,23 +3,21 @@
     root.pem      the root key, under a passphrase
     recovery.pem  the recovery key, under the same passphrase; to be moved to a safe place, and wanted only for recovery
     network       [kind, genesis, document, ledger]
-    ledger entry  [peer ID, name, serial, share, IPv4, certificate, issuer certificate or nil]
 
-A share is the n-th /22 of the network's IPv4 pool: 0 is the root's own, out of which hubs and gateways get their
-addresses; issuers own 1 to 63 for good. Every change of hubs, issuers, prefix lengths or revocations makes a new
-version of the document, which is signed here and handed to any hub.
+Every change of hubs, issuers, prefix lengths or revocations makes a new version of the document, which is signed here
+and handed to any hub.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from ipaddress import IPv4Address, ip_network
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from ipaddress import ip_network
 from typing import TypeVar
 
 from p2pvpn.core.address import IpNetwork
-from p2pvpn.core.errors import Fault, LocalError, P2pvpnError, WireError
-from p2pvpn.core.ids import PEER_ID_BYTES, PeerId
+from p2pvpn.core.errors import Fault, LocalError, P2pvpnError
+from p2pvpn.core.ids import PeerId
 from p2pvpn.core.ports import Entropy
 from p2pvpn.core.secret import Secret
 from p2pvpn.core.selector import Selector
@@ -28,7 +26,6 @@ from p2pvpn.crypto.signatures import PublicKey
 from .canonical import Fields, pack
 from .certificates import (
     GRANT_LIFETIME_S,
-    MAX_CERTIFICATE_BYTES,
     MEMBER_LIFETIME_S,
     Authority,
     issue_issuer,
@@ -49,8 +46,9 @@ from .document import (
 from .genesis import MAX_GENESIS_BYTES, RANGES, Genesis, Root, Succession, ipv4_range, issuer_blocks
 from .grants import Grant, Request
 from .keys import PeerKey
+from .ledger import MAX_ENTRIES, Entry, Ledger, peer_id_of
 from .member import Role
-from .names import MAX_NAME_CHARS, require_name
+from .names import require_name
 
 ROOT_FILE = "root.pem"
 RECOVERY_FILE = "recovery.pem"
@@ -58,21 +56,7 @@ NETWORK_FILE = "network"
 DEFAULT_GROUP = "default"
 """The group of members whom nobody put into another one."""
 _KIND = "p2pvpn-admin-1"
-MAX_LEDGER = 10000
 MAX_FILE_BYTES = 1 << 26
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A granted machine. `share` is the IPv4 share it issues or once issued from, 0 if it never did."""
-
-    peer_id: PeerId
-    name: str
-    serial: int
-    share: int
-    ipv4: IPv4Address | None
-    certificate: bytes
-    issuer_certificate: bytes | None = None
 
 
 class AdminNetwork:
@@ -94,7 +78,7 @@ class AdminNetwork:
         self.recovery_key = recovery_key
         self._root_key = root_key
         self._entropy = entropy
-        self._ledger = {entry.peer_id: entry for entry in ledger}
+        self._ledger = Ledger(ledger)
         self._root: Root = document.verify(genesis).current
         if root_key.peer_id != self._root.key_id:
             raise LocalError("the root key is not that of the network's current root")
@@ -109,18 +93,7 @@ class AdminNetwork:
 
     def to_files(self, passphrase: Secret) -> dict[str, bytes]:
         """File names and contents; all of them are for the admin's eyes only."""
-        ledger = tuple(
-            (
-                bytes(entry.peer_id),
-                entry.name,
-                entry.serial.to_bytes(20, "big"),
-                entry.share,
-                int(entry.ipv4 or 0),
-                entry.certificate,
-                entry.issuer_certificate,
-            )
-            for entry in self._ledger.values()
-        )
+        ledger = tuple(entry.encode() for entry in self._ledger.entries)
         files = {
             ROOT_FILE: self._root_key.to_pem(passphrase.reveal()).reveal(),
             NETWORK_FILE: pack((_KIND, self.genesis.encode(), self.document.encode(), ledger)),
@@ -142,7 +115,7 @@ class AdminNetwork:
             fields.kind(_KIND)
             genesis = Genesis.parse_untrusted(fields.raw(MAX_GENESIS_BYTES))
             document = NetworkDocument.parse_untrusted(fields.raw(MAX_DOCUMENT_BYTES))
-            ledger = [_entry(item) for item in fields.arrays(MAX_LEDGER)]
+            ledger = [Entry.parse_untrusted(item) for item in fields.arrays(MAX_ENTRIES)]
             return cls(
                 genesis,
                 document,
@@ -157,7 +130,7 @@ class AdminNetwork:
     @property
     def ledger(self) -> tuple[Entry, ...]:
         """What was granted and not revoked."""
-        return tuple(self._ledger.values())
+        return self._ledger.entries
 
     def grant(
         self,
@@ -186,11 +159,11 @@ class AdminNetwork:
         addresses = tuple(part.strip() for part in hub.split(",")) if hub else ()
         hosts = [split_address(address)[0] for address in addresses]
         self._check(request, name, hub=bool(hub), issuer=issuer)
-        old = self._ledger.get(peer)
+        old = self._ledger.at(peer)
         share = old.share if old else 0
         if issuer and not share:
-            share = self._free_share()
-        ipv4 = old.ipv4 if old and old.ipv4 else self._free_ipv4()
+            share = self._ledger.free_share(self._listed_shares())
+        ipv4 = old.ipv4 if old and old.ipv4 else self._ledger.free_ipv4(self.genesis.network_id)
         roles = {Role.HUB, Role.RELAY} if hub else set()
         roles |= {Role.GATEWAY} if networks else set()
         roles |= {Role.ISSUER} if issuer else set()
@@ -235,12 +208,13 @@ class AdminNetwork:
                 [*self.document.prefix_lengths, *((n.version, n.prefixlen) for n in networks)]
             ),
         )
-        self._ledger[peer] = Entry(peer, name, serial, share, ipv4, leaf, certificate)
-        return self._grant(self._ledger[peer])
+        entry = Entry(peer, name, serial, share, ipv4, leaf, certificate)
+        self._ledger.put(entry)
+        return self._grant(entry)
 
     def regrant(self, who: PeerId | str) -> Grant:
         """The grant of a machine once more, with today's document. Raises LocalError."""
-        return self._grant(self._find(who))
+        return self._grant(self._ledger.find(who))
 
     def revoke(self, who: PeerId | str, *, wall: float, cut_off: float | None = None) -> PeerId:
         """Revoke a machine by name or peer ID; members that an issuer certified go by peer ID only.
@@ -248,8 +222,8 @@ class AdminNetwork:
         If it is an issuer, what it certified from `cut_off` on (now, unless an earlier time is given) is refused.
         Raises LocalError for a name that was not granted.
         """
-        peer = who if isinstance(who, PeerId) else _peer_id(who) or self._find(who).peer_id
-        entry = self._ledger.get(peer)
+        peer = who if isinstance(who, PeerId) else peer_id_of(who) or self._ledger.find(who).peer_id
+        entry = self._ledger.at(peer)
         cut_offs = dict(self.document.cut_offs)
         if entry is not None and entry.issuer_certificate is not None:
             key_id = parse_untrusted(entry.issuer_certificate).key_id
@@ -260,7 +234,7 @@ class AdminNetwork:
             revoked_peers=self.document.revoked_peers | {peer},
             cut_offs=tuple(sorted(cut_offs.items())),
         )
-        self._ledger.pop(peer, None)
+        self._ledger.remove(peer)
         return peer
 
     def set_topology(self, topology: Topology, pairs: Iterable[tuple[str, str]] = (), *, wall: float) -> None:
@@ -345,9 +319,9 @@ class AdminNetwork:
             )
             issuers.append(replace(item, certificate=certificate))
         by_hub = {item.peer_id: item.certificate for item in issuers}
-        for peer, entry in self._ledger.items():
-            issuing = by_hub.get(peer) if entry.issuer_certificate is not None else None
-            self._ledger[peer] = replace(self._leaf_again(entry, wall), issuer_certificate=issuing)
+        for entry in self._ledger.entries:
+            issuing = by_hub.get(entry.peer_id) if entry.issuer_certificate is not None else None
+            self._ledger.put(replace(self._leaf_again(entry, wall), issuer_certificate=issuing))
         self._update(wall, issuers=tuple(issuers))
 
     def _leaf_again(self, entry: Entry, wall: float) -> Entry:
@@ -384,8 +358,8 @@ class AdminNetwork:
         self.document = replace(changed, version=self.document.version + 1, issued=int(wall)).sign(self._root_key)
 
     def _check(self, request: Request, name: str, *, hub: bool, issuer: bool) -> None:
-        other = next((e for e in self._ledger.values() if e.name == name and e.peer_id != request.peer_id), None)
-        if other is not None:
+        other = self._ledger.named(name)
+        if other is not None and other.peer_id != request.peer_id:
             raise LocalError(
                 f"{name} is another machine's name",
                 hint="choose another name, or revoke that machine",
@@ -421,40 +395,17 @@ class AdminNetwork:
         return network
 
     def _old_name(self, peer: PeerId) -> str:
-        entry = self._ledger.get(peer)
+        entry = self._ledger.at(peer)
         if entry is None:
             raise LocalError("the request has no name in it", hint="give --name NAME", fault=Fault.REFUSED)
         return entry.name
 
-    def _free_share(self) -> int:
-        taken = {entry.share for entry in self._ledger.values()}
-        taken |= {share for share in range(1, RANGES) if self._is_listed(share)}
-        free = next((share for share in range(1, RANGES) if share not in taken), None)
-        if free is None:
-            raise LocalError(f"a network has at most {RANGES - 1} issuers", hint="grant the hub without --issuer")
-        return free
-
-    def _is_listed(self, share: int) -> bool:
-        """Whether an issuer in the document owns this share: a revoked one's members may be alive still."""
-        block = Selector.of_network(ipv4_range(self.genesis.network_id, share))
-        return any(block in parse_untrusted(item.certificate).blocks for item in self.document.issuers)
-
-    def _free_ipv4(self) -> IPv4Address | None:
-        taken = {entry.ipv4 for entry in self._ledger.values()}
-        share = ipv4_range(self.genesis.network_id, 0)
-        return next((address for address in share.hosts() if address not in taken), None)
-
-    def _find(self, who: PeerId | str) -> Entry:
-        peer = who if isinstance(who, PeerId) else _peer_id(who)
-        entry = self._ledger.get(peer) if peer is not None else None
-        entry = entry or next((e for e in self._ledger.values() if e.name == who), None)
-        if entry is None:
-            raise LocalError(
-                f"{who} was not granted here",
-                hint="members that an issuer certified are named by their peer ID",
-                fault=Fault.REFUSED,
-            )
-        return entry
+    def _listed_shares(self) -> Iterator[int]:
+        """Shares of the issuers in the document: a revoked one's members may be alive still."""
+        for share in range(1, RANGES):
+            block = Selector.of_network(ipv4_range(self.genesis.network_id, share))
+            if any(block in parse_untrusted(item.certificate).blocks for item in self.document.issuers):
+                yield share
 
 
 def _next_root(
@@ -486,31 +437,3 @@ def _says_more(old: bytes, new: bytes) -> bool:
     if not set(before.roles) <= set(after.roles) or not set(before.groups) <= set(after.groups):
         return True
     return any(not any(limit.holds(block) for limit in after.blocks) for block in before.blocks)
-
-
-def _peer_id(text: str) -> PeerId | None:
-    """From 40 hexadecimal digits."""
-    try:
-        return PeerId(bytes.fromhex(text))
-    except ValueError:
-        return None
-
-
-def _entry(fields: Fields) -> Entry:
-    entry = Entry(
-        PeerId(fields.exactly(PEER_ID_BYTES)),
-        fields.text(MAX_NAME_CHARS),
-        int.from_bytes(fields.exactly(20), "big"),
-        fields.uint(RANGES - 1),
-        _ipv4(fields.uint(2**32 - 1)),
-        fields.raw(MAX_CERTIFICATE_BYTES),
-        fields.optional(MAX_CERTIFICATE_BYTES),
-    )
-    fields.end()
-    if not entry.name:
-        raise WireError("a ledger entry without a name")
-    return entry
-
-
-def _ipv4(value: int) -> IPv4Address | None:
-    return IPv4Address(value) if value else None

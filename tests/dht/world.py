@@ -26,6 +26,8 @@ from p2pvpn.sim.loop import SeededEntropy, SimWallClock, VirtualLoop, seeded
 NETWORK = NetworkId(bytes(range(32)))
 WALL = 1_800_000_000.0
 CERTIFICATE_BYTES = 700
+RTT_S = 0.055
+"""A round trip through the tunnels, and what it takes to answer."""
 
 
 class Registry:
@@ -266,3 +268,7 @@ class Hub:
 
     def has(self, who: Person) -> bool:
         return bool(self.node.store.find(who.key, self.world.wall()))
+
+
+def took(world: World, since: float) -> float:
+    return world.now - since
