@@ -21,7 +21,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import ipaddress
 import logging
 import socket
 import struct
@@ -36,24 +35,21 @@ from p2pvpn.core.errors import LocalError
 from p2pvpn.mesh.ports import SaUsage
 
 from .guard import Guard
-from .kernel_child import InstalledChild, is_exact, pairs_of, priority
+from .kernel_child import InstalledChild, pairs_of
+from .kernel_policies import PolicyBook, send_by
 from .kernel_trap import Reinjector, Trap, wide_policies
 from .netlink import Netlink
 from .tun import MAX_MTU, MIN_MTU
 from .xfrm import (
-    MAX_TEMPLATES,
     Direction,
     Flow,
     Message,
     Pair,
-    Template,
     Xfrm,
     XfrmError,
     XfrmEvents,
-    delete_policy,
     delete_state,
     migrate,
-    set_policy,
     set_state,
 )
 
@@ -73,11 +69,10 @@ def _ignore(*_: object) -> None:
 class _Network:
     """One network's trap, and the policies around it."""
 
-    __slots__ = ("addresses", "removals", "routes", "trap")
+    __slots__ = ("removals", "routes", "trap")
 
-    def __init__(self, trap: Trap, addresses: Sequence[IpAddress], routes: Sequence[IpNetwork]) -> None:
+    def __init__(self, trap: Trap, routes: Sequence[IpNetwork]) -> None:
         self.trap = trap
-        self.addresses = frozenset(addresses)
         self.routes = tuple(routes)
         self.removals: list[Message] = []
 
@@ -100,12 +95,7 @@ class KernelPlane:
         self._networks: dict[str, _Network] = {}
         self._children: dict[int, InstalledChild] = {}
         self._by_spi: dict[int, InstalledChild] = {}
-        self._accepting: dict[Pair, list[InstalledChild]] = {}
-        """By the pair in outbound direction: who is accepted, the newest last."""
-        self._sending: dict[Pair, list[InstalledChild]] = {}
-        """By pair: whom `use` was said of, the one in use last."""
-        self._wide: dict[Pair, None] = {}
-        """Those of them that are not about one address at each end and all protocols."""
+        self._policies = PolicyBook()
         self._lost: Counter[str] = Counter()
         self._dying: asyncio.Task[None] | None = None
         self._looked_at = 0.0
@@ -187,7 +177,8 @@ class KernelPlane:
             lambda packet: self._on_packet(network, packet),
             lambda: self._start_over("somebody removed a TUN device"),
         )
-        entry = self._networks[network] = _Network(trap, addresses, routes)
+        entry = self._networks[network] = _Network(trap, routes)
+        self._policies.own(network, addresses)
         try:
             await self._guard.protect(trap.device, routes, or_decrypted=True)
             for add, remove in wide_policies(addresses, routes):
@@ -207,6 +198,7 @@ class KernelPlane:
             return
         for child_id in [known for known, child in self._children.items() if child.child.network == network]:
             await self.remove(child_id)
+        self._policies.own(network, ())
         entry.trap.close()
         self._lost.update(entry.trap.lost)
         self._take_away(entry.removals)
@@ -218,7 +210,7 @@ class KernelPlane:
 
         Then it would come back from `inject` for ever.
         """
-        pair = self._covering(network, packet)
+        pair = self._policies.covering(network, packet)
         now = self._loop.time()
         if pair is not None and now - self._looked_at > LOOK_PAUSE_S:
             self._looked_at = now
@@ -241,26 +233,15 @@ class KernelPlane:
         entry = InstalledChild(child, pairs_of(child), _with_source(child.path))
         kernel.request(set_state(entry.state(entry.flow_in, inbound=True)))
         self._children[child.id] = self._by_spi[child.spi_in] = entry
-        for pair in entry.pairs:
-            self._accepting.setdefault(pair, []).append(entry)
         try:
-            kernel.request(set_state(entry.state(entry.flow_out, inbound=False)), *self._accept(entry))
+            kernel.request(set_state(entry.state(entry.flow_out, inbound=False)), *self._policies.accept(entry))
         except XfrmError as problem:
             await self._forget(entry, keep_out=problem.index == 0)
             raise
 
     async def use(self, child_id: int) -> None:
         entry = self._known(child_id)
-        messages = []
-        for pair in entry.pairs:
-            users = self._sending.setdefault(pair, [])
-            if entry in users:
-                users.remove(entry)
-            users.append(entry)
-            if not is_exact(pair):
-                self._wide[pair] = None
-            messages.append(self._send_by(pair, entry))
-        self._xfrm.request(*messages)
+        self._xfrm.request(*self._policies.use(entry))
 
     async def move(self, child_id: int, path: Path) -> None:
         entry = self._known(child_id)
@@ -278,7 +259,7 @@ class KernelPlane:
     async def inject(self, network: str, packets: Sequence[bytes]) -> None:
         reinjector = self._reinjector
         for packet in packets:
-            if reinjector is not None and self._covering(network, packet):
+            if reinjector is not None and self._policies.covering(network, packet):
                 reinjector.send(packet)
             else:
                 self._lost["injected too early"] += 1  # it would come out of the trap again, for ever
@@ -323,54 +304,10 @@ class KernelPlane:
         lost.update(_kernel_counts())
         return {name: number for name, number in lost.items() if number}
 
-    # ------------------------------------------------------------------ policies
-
-    def _accept(self, entry: InstalledChild) -> list[Message]:
-        """Policies that let in what the SAs of the entry's pairs bring, as many as there are now."""
-        messages = []
-        for pair in entry.pairs:
-            accepted = self._accepting.get(pair, [])[-MAX_TEMPLATES:]
-            templates = [Template(other.flow_in, other.reqid, len(accepted) > 1) for other in accepted]
-            for direction in self._ways_in(entry, pair):
-                if templates:
-                    messages.append(set_policy(pair.reverse, direction, priority(pair), templates))
-                else:
-                    messages.append(delete_policy(pair.reverse, direction))
-        return messages
-
-    def _ways_in(self, entry: InstalledChild, pair: Pair) -> tuple[Direction, ...]:
-        """Packets for an address of our own are never forwarded."""
-        network = self._networks.get(entry.child.network)
-        is_host = pair.source.prefixlen == pair.source.max_prefixlen
-        if network is not None and is_host and pair.source.network_address in network.addresses:
-            return (Direction.IN,)
-        return (Direction.IN, Direction.FORWARD)
-
-    @staticmethod
-    def _send_by(pair: Pair, entry: InstalledChild) -> Message:
-        return set_policy(pair, Direction.OUT, priority(pair), [Template(entry.flow_out, entry.reqid)])
-
     async def _forget(self, entry: InstalledChild, *, keep_out: bool = False) -> None:
         """Take the entry's policies and states away; with `keep_out` the outbound state is somebody else's."""
         del self._children[entry.child.id], self._by_spi[entry.child.spi_in]
-        messages = []
-        for pair in entry.pairs:
-            users = self._sending.get(pair, [])
-            if entry in users:
-                was_in_use = users[-1] is entry
-                users.remove(entry)
-                if users and was_in_use:
-                    messages.append(self._send_by(pair, users[-1]))
-                elif not users:
-                    messages.append(delete_policy(pair, Direction.OUT))
-                    del self._sending[pair]
-                    self._wide.pop(pair, None)
-        for pair in entry.pairs:
-            accepted = self._accepting[pair]
-            accepted.remove(entry)
-            if not accepted:
-                del self._accepting[pair]
-        messages += self._accept(entry)
+        messages = self._policies.forget(entry)
         messages.append(delete_state(entry.flow_in, entry.child.spi_in))
         if not keep_out:
             messages.append(delete_state(entry.flow_out, entry.child.spi_out))
@@ -402,8 +339,7 @@ class KernelPlane:
             )
             entry.flow_in, entry.flow_out = new_in, new_out
             return
-        sent = [(pair, Direction.OUT) for pair in entry.pairs if self._sending.get(pair, [None])[-1] is entry]
-        taken = [(pair.reverse, way) for pair in entry.pairs for way in self._ways_in(entry, pair)]
+        sent, taken = self._policies.naming(entry)
         entry.flow_in, entry.flow_out = new_in, new_out
         self._carry(entry, sent, old_out, new_out, inbound=False)
         self._carry(entry, taken, old_in, new_in, inbound=True)
@@ -428,9 +364,9 @@ class KernelPlane:
             entry.keep_counts(before, inbound=inbound)
             messages = [delete_state(old, spi), set_state(entry.state(new, before.replay, inbound=inbound))]
         if inbound:
-            messages += self._accept(entry)
+            messages += self._policies.acceptance(entry)
         else:
-            messages += [self._send_by(pair, entry) for pair, _ in policies]
+            messages += [send_by(pair, entry) for pair, _ in policies]
         kernel.request(*messages)
 
     def _on_network_change(self) -> None:
@@ -464,25 +400,6 @@ class KernelPlane:
         if entry is None:
             raise LocalError(f"there is no Child SA {child_id}")
         return entry
-
-    def _covering(self, network: str, packet: bytes) -> Pair | None:
-        """The pair of an SA in use that takes the packet."""
-        if packet[0] >> 4 == 4:
-            source, target = ipaddress.ip_address(packet[12:16]), ipaddress.ip_address(packet[16:20])
-        else:
-            source, target = ipaddress.ip_address(packet[8:24]), ipaddress.ip_address(packet[24:40])
-        exact = Pair(ipaddress.ip_network(source), ipaddress.ip_network(target))
-        for pair in (exact, *self._wide):
-            users = self._sending.get(pair)
-            if (
-                users
-                and users[-1].child.network == network
-                and pair.source.version == source.version
-                and source in pair.source
-                and target in pair.destination
-            ):
-                return pair
-        return None
 
 
 def _hand_to_kernel(sock: socket.socket) -> None:

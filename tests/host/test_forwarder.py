@@ -10,7 +10,6 @@ import socket
 import struct
 import subprocess
 import sys
-from contextlib import asynccontextmanager
 
 import pytest
 
@@ -20,7 +19,6 @@ from p2pvpn.core.errors import LocalError
 from p2pvpn.core.ids import PeerId
 from p2pvpn.core.output import Transmit
 from p2pvpn.core.secret import Secret
-from p2pvpn.host.forwarder import UserForwarder
 from p2pvpn.lab.namespace import is_inside
 from p2pvpn.relay.binding import build_request
 from p2pvpn.relay.client import RelayClient, RelayReady
@@ -28,7 +26,8 @@ from p2pvpn.relay.limits import RelayLimits
 from p2pvpn.relay.server import Answer, Bind, ClosePair, Forward, RelayServer
 from p2pvpn.relay.wire import RelayTicket, transaction_id
 
-V4, V6 = "127.0.0.1", "::1"
+from .relays import V4, V6, Relay, Source, free_range, relay, until
+
 UDP_SEGMENT = 103
 BIND_REQUEST = build_request(RelayTicket(1, "somebody.a", Secret(bytes(32)), 60), transaction_id(1, b"abcd"), b"")
 
@@ -38,82 +37,6 @@ def _loopback():
     """A laboratory starts without one."""
     if is_inside():
         subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
-
-
-class Source:
-    """A peer's socket."""
-
-    def __init__(self, host: str = V4) -> None:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self.sock = socket.socket(family, socket.SOCK_DGRAM)
-        self.sock.setblocking(False)
-        self.sock.bind((host, 0))
-        self.at = Endpoint.of(*self.sock.getsockname()[:2])
-
-    def send(self, port: int, data: bytes, host: str | None = None) -> None:
-        self.sock.sendto(data, (host or self.at.host, port))
-
-    async def receive(self) -> tuple[bytes, Endpoint]:
-        async with asyncio.timeout(10):
-            data, address = await asyncio.get_running_loop().sock_recvfrom(self.sock, 65_536)
-        return data, Endpoint.of(address[0], address[1])
-
-    async def data(self) -> bytes:
-        return (await self.receive())[0]
-
-    def is_silent(self) -> bool:
-        try:
-            self.sock.recv(65_536)
-        except BlockingIOError:
-            return True
-        return False
-
-    def __enter__(self) -> Source:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.sock.close()
-
-
-class Relay:
-    """A forwarder, and the packets it handed up."""
-
-    def __init__(self, **options) -> None:
-        self.forwarder = UserForwarder(**options)
-        self.up: asyncio.Queue[tuple[int, Endpoint, bytes]] = asyncio.Queue()
-        self.forwarder.on_unbound = lambda *packet: self.up.put_nowait(packet)
-
-    async def handed_up(self) -> tuple[int, Endpoint, bytes]:
-        async with asyncio.timeout(10):
-            return await self.up.get()
-
-    async def pair_of(self, a: Source, b: Source) -> tuple[int, int]:
-        port_a, port_b = await self.forwarder.open_pair()
-        self.forwarder.bind(port_a, a.at)
-        self.forwarder.bind(port_b, b.at)
-        await self.settled()
-        return port_a, port_b
-
-    async def settled(self) -> None:
-        """The worker has done all it was told: it answers in order."""
-        self.forwarder.close_pair((await self.forwarder.open_pair())[0])
-
-
-async def until(condition) -> None:
-    """Wait for what another process does and does not tell."""
-    async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
-
-
-@asynccontextmanager
-async def relay(**options):
-    it = Relay(**options)
-    await it.forwarder.start()
-    try:
-        yield it
-    finally:
-        await it.forwarder.close()
 
 
 @pytest.mark.parametrize("host_b", [V4, V6])
@@ -277,22 +200,6 @@ def test_a_closed_pair_passes_nothing_and_frees_its_ports():
                 assert hub.up.empty()
 
     asyncio.run(story())
-
-
-def free_range(count: int) -> range:
-    """Ports that are free now, below the ephemeral ones."""
-    for first in range(31_000, 32_000, count):
-        socks = [socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) for _ in range(count)]
-        try:
-            for offset, sock in enumerate(socks):
-                sock.bind(("::", first + offset))
-        except OSError:
-            continue
-        finally:
-            for sock in socks:
-                sock.close()
-        return range(first, first + count)
-    raise AssertionError("no free ports")
 
 
 def test_a_range_that_is_used_up_refuses_and_serves_again_after_a_close():
