@@ -2,9 +2,11 @@
 
     port-restricted   MASQUERADE into a range of ports: one port per inside port, whatever the destination
     symmetric         MASQUERADE --random-fully
-    full-cone         one outside port, fixed, for the peer's own UDP port, open to everybody
+    full-cone         one outside port for each UDP port of the peer, fixed, open to everybody
     restricted        the same, open to those who were written to (the `recent` match)
-    others' UDP, TCP and ICMP are masqueraded in every kind
+    TCP and ICMP are masqueraded in every kind
+
+Outside ports of these two are those inside, but for the peer's own port, which must not be the same by chance.
 
 As with nftables, a router drops what is addressed to itself from outside, so that early packets make no mappings.
 """
@@ -12,8 +14,8 @@ As with nftables, a router drops what is addressed to itself from outside, so th
 from __future__ import annotations
 
 PEER_PORT = 4500
-"""The UDP port of a peer; in kinds that are open from outside it is the one that is."""
 OUTSIDE_PORT = 34500
+"""Outside port of the peer's own one, in the kinds that let in whom it never wrote to."""
 PORT_RANGE = "20000-29999"
 PROGRAM = "iptables-legacy-restore"
 
@@ -48,7 +50,9 @@ def script(kind: str, inside: str, public: str, timeout_s: int) -> str:
         own, other = f"{inside}:{PEER_PORT}", f"{public}:{OUTSIDE_PORT}"
         rules["nat"] = [
             f"-A PREROUTING -i wan -p udp --dport {OUTSIDE_PORT} {known}-j DNAT --to-destination {own}",
+            f"-A PREROUTING -i wan -p udp ! --dport {PEER_PORT} {known}-j DNAT --to-destination {inside}",
             f"-A POSTROUTING -o wan -p udp -s {inside} --sport {PEER_PORT} -j SNAT --to-source {other}",
+            f"-A POSTROUTING -o wan -p udp -s {inside} -j SNAT --to-source {public}",
             "-A POSTROUTING -o wan -j MASQUERADE",
         ]
         if known:

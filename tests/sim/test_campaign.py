@@ -9,6 +9,7 @@ from multiprocessing import get_context
 
 import pytest
 
+from p2pvpn.punch.checklist import CheckList
 from p2pvpn.sim.campaign import Result, run
 from p2pvpn.sim.internet import Quality
 from p2pvpn.sim.plan import MIX, Crash, Trouble, draw_plan
@@ -98,6 +99,22 @@ def test_a_failing_plan_shrinks_to_the_pair_that_fails() -> None:
     assert small.failures
     assert spent <= 8
     assert len(small.plan.pairs) <= 1 or len(small.plan.peers) < 8
+
+
+def test_a_fault_in_the_product_shrinks_to_two_peers_that_show_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checks from addresses that nobody told of are forgotten: only who is behind a symmetric NAT misses them."""
+    plan = draw_plan(14, peers=12, hubs=2, pairs=10, rate=5.0)
+    assert_fine(run(plan))
+    monkeypatch.setattr(CheckList, "learn", lambda *_: None)
+    failed = run(plan)
+    assert len(failed.pairs) == 10
+    small, spent = shrink(failed)
+    assert spent < 10
+    (pair,) = small.plan.pairs
+    assert {peer.name for peer in small.plan.peers} == set(pair.names)
+    assert "symmetric" in {peer.nat for peer in small.plan.peers}
+    assert small.failures == [f"{pair.caller} and {pair.callee} can be direct and are relayed and relayed after 20 s"]
+    assert (small.plan.hubs, small.plan.line.loss) == (1, 0.0)
 
 
 def test_a_connection_can_be_drawn() -> None:
