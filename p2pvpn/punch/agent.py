@@ -19,13 +19,12 @@ anything. A request seen before is answered again and otherwise ignored.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from p2pvpn.core import stun
 from p2pvpn.core.address import Path
 from p2pvpn.core.errors import TrustError, WireError
 from p2pvpn.core.limits import BoundedTable
-from p2pvpn.core.output import Output, Transmit
+from p2pvpn.core.output import Output
 from p2pvpn.core.ports import Entropy
 
 from .candidates import Candidate
@@ -35,11 +34,10 @@ from .credentials import IceCredentials
 from .events import PathLost, PathNominated, PunchFailed
 from .limits import TA_S, PunchLimits
 from .messages import ROLE_CONFLICT, Messages
+from .outbox import Outbox, SentCheck
 from .pair import Pair, PairInput, PairReport, PairState
 from .settings import PunchSettings
 
-MAX_OUTSTANDING = 256
-"""Checks whose answers are awaited; the oldest is forgotten first."""
 MAX_SEEN = 128
 """Requests remembered against replay, at one in 5 s about ten minutes. A replay older than that is worth one packet."""
 MAX_EARLY = 16
@@ -48,20 +46,8 @@ MAX_LEARNED_FAILURES = 7
 """Rounds after which a path that no candidate names is forgotten: two minutes of backoff."""
 ALTERNATIVES = 2
 """Working paths besides the chosen one that are kept warm."""
-MAX_ATTESTED = 4
-"""Addresses of the peer that hubs attest: of both families, before and after a move."""
 CROSSING_S = 0.005
 """Checks of both sides that cross within this time need no second one."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Check:
-    """A check whose answer is awaited."""
-
-    pair: Pair
-    sent_at: float
-    controlling: bool
-    nominates: bool
 
 
 class PunchAgent:
@@ -85,9 +71,9 @@ class PunchAgent:
         self._messages = Messages(credentials, tie_breaker, entropy, controlling=controlling)
         self._entropy = entropy
         self._limits = limits
-        self._checks = CheckList(limits)
+        self.checks = CheckList(limits)
         self._choice = Choice(self._settings)
-        self._awaited: BoundedTable[bytes, _Check] = BoundedTable(MAX_OUTSTANDING)
+        self.outbox = Outbox(self._messages, limits)
         self._seen: BoundedTable[bytes, None] = BoundedTable(MAX_SEEN)
         self._early: BoundedTable[Path, bool] = BoundedTable(MAX_EARLY)
         self._give_up_at: float | None = None
@@ -96,19 +82,13 @@ class PunchAgent:
         self._started = False
         self._closed = False
         self._slot_at: float | None = None
-        self._out: list[Output] = []
-        self._attested: BoundedTable[str, None] = BoundedTable(MAX_ATTESTED)
 
     # The session
 
-    def attest(self, host: str) -> None:
+    def attest(self, host: str, hub: bytes = b"") -> None:
         """A hub says that the peer's tunnel comes from this address: what others leave unanswered there is not the
         peer's fault (`PunchLimits`)."""
-        self._attested.put(host, None)
-
-    def _session(self, pair: Pair) -> bytes:
-        """Whose count of silence a pair's packets go on."""
-        return self.tag if pair.path.remote.host in self._attested else b""
+        self.outbox.attest(host, hub)
 
     @property
     def selected(self) -> Path | None:
@@ -149,8 +129,8 @@ class PunchAgent:
         themselves again, paths from an address that is gone are lost at once."""
         if self._closed or not self._started:
             return []
-        self._change(local, self._checks.remote, now)
-        for pair in self._checks.within(PairState.VALID):
+        self._change(local, self.checks.remote, now)
+        for pair in self.checks.within(PairState.VALID):
             if pair is self._selected:
                 self._verify(pair, now)
             else:
@@ -163,7 +143,7 @@ class PunchAgent:
         path is verified when the peer does not name its end any more."""
         if self._closed or not self._started:
             return []
-        self._change(self._checks.local, remote, now)
+        self._change(self.checks.local, remote, now)
         if self._selected is not None and not self._selected.signalled:
             self._verify(self._selected, now)
         return self._finish(now)
@@ -180,16 +160,12 @@ class PunchAgent:
         """The session is over: nothing is sent or answered any more."""
         self._closed = True
         self._choice.drop()
-        self._out.clear()
+        self.outbox.take()
         return []
 
     def report(self) -> list[PairReport]:
         """Every pair, best priority first."""
-        rows = [
-            pair.report(pair is self._selected, self._checks.pair_priority(pair, self.controlling))
-            for pair in self._checks.pairs
-        ]
-        return sorted(rows, key=lambda row: (-row.priority, row.path))
+        return self.checks.report(self._selected, self.controlling)
 
     # Input: packets and time
 
@@ -210,8 +186,8 @@ class PunchAgent:
         """When `tick` wants to be called, in monotonic seconds."""
         if self._closed:
             return None
-        times = [self._choice.next_deadline(), self._give_up_at, *(pair.next_at for pair in self._checks.pairs)]
-        if self._checks.within(PairState.WAITING):
+        times = [self._choice.next_deadline(), self._give_up_at, *(pair.next_at for pair in self.checks.pairs)]
+        if self.checks.within(PairState.WAITING):
             times.append(self._slot_at)
         return min((at for at in times if at is not None), default=None)
 
@@ -223,7 +199,7 @@ class PunchAgent:
         if self._give_up_at is not None and self._give_up_at <= now:
             self._give_up_at = None
             self._overdue = True
-        for pair in self._checks.pairs:
+        for pair in self.checks.pairs:
             if pair.next_at is None or pair.next_at > now:
                 continue
             if pair.state is PairState.CHECKING:
@@ -239,13 +215,12 @@ class PunchAgent:
         self._start_next(now)
         if self.controlling:
             self._decide(now)
-        hopeful = self._selected or self._checks.within(PairState.WAITING, PairState.CHECKING, PairState.VALID)
+        hopeful = self._selected or self.checks.within(PairState.WAITING, PairState.CHECKING, PairState.VALID)
         if self._overdue and not hopeful:
             self._overdue = False
-            count = len(self._checks)
-            self._out.append(PunchFailed(f"none of {count} pairs answered" if count else "no pair to check"))
-        outputs, self._out = self._out, []
-        return outputs
+            count = len(self.checks)
+            self.outbox.say(PunchFailed(f"none of {count} pairs answered" if count else "no pair to check"))
+        return self.outbox.take()
 
     # Requests of the peer
 
@@ -255,9 +230,9 @@ class PunchAgent:
             return
         seen = message.transaction_id in self._seen
         if not seen and not self._messages.yields_to(message):
-            self._out.append(Transmit(path, self._messages.conflict(message)))
+            self.outbox.send(path, self._messages.conflict(message))
             return
-        self._out.append(Transmit(path, self._messages.answer(message, path.remote)))
+        self.outbox.send(path, self._messages.answer(message, path.remote))
         if seen:
             return
         self._seen.put(message.transaction_id, None)
@@ -268,14 +243,14 @@ class PunchAgent:
 
     def _take_check(self, path: Path, nominated: bool, now: float) -> None:
         """An authenticated check: the peer can send here (RFC 8445 sections 7.3.1.3 to 7.3.1.5)."""
-        pair = self._checks.find(path)
+        pair = self.checks.find(path)
         if pair is None:
-            pair = self._checks.learn(path)
+            pair = self.checks.learn(path)
             if pair is None:
                 return
             if self._selected is not None:
                 self._verify(self._selected, now)  # The peer's address changed, perhaps.
-        self._limits.earn(path.remote, now, session=self._session(pair))
+        self.outbox.earn(path.remote, now)
         pair.last_check_in_at = now
         if nominated and not self.controlling:
             self._nominations += 1
@@ -292,27 +267,27 @@ class PunchAgent:
         if before is PairState.CHECKING:
             if pair.last_sent_at is not None and now - pair.last_sent_at < CROSSING_S:
                 return
-            if self._take_silent(pair, now):
+            if self.outbox.take_silent(pair, now):
                 self._send(pair, now)
             if pair.round_is_over:
                 pair.next_at = now + self._settings.answer_wait_s
             return
         pair.begin_round(now, self._settings.check_offsets_s if pair.permitted else (0.0,))
-        if self._take_silent(pair, now):
+        if self.outbox.take_silent(pair, now):
             self._send(pair, now)
             pair.schedule_after_check(now, self._settings)
 
     # Answers of the peer
 
     def _handle_answer(self, path: Path, message: stun.Message, now: float) -> None:
-        check = self._awaited.peek(message.transaction_id)
+        check = self.outbox.awaited(message.transaction_id)
         if check is None:
             return
         self._messages.open_answer(message)
         pair = check.pair
         if pair.state is not PairState.VALID or _is_symmetric(pair.path, path):
-            self._awaited.pop(message.transaction_id)
-        if now - check.sent_at > self._settings.answer_lifetime_s or self._checks.find(pair.path) is not pair:
+            self.outbox.settle(message.transaction_id)
+        if now - check.sent_at > self._settings.answer_lifetime_s or self.checks.find(pair.path) is not pair:
             return
         if message.message_class is stun.Class.ERROR:
             if message.error_code == ROLE_CONFLICT and self._repair_role(check, now):
@@ -323,23 +298,23 @@ class PunchAgent:
         if not _is_symmetric(pair.path, path):
             self._reject(pair, f"the answer came over {path}", now)
             return
-        self._limits.answered(path.remote, session=self._session(pair))
+        self.outbox.answered(path.remote)
         self._take_answer(check, now)
         pair.mapped = mapped
-        pair.local_kind = self._checks.local_kind(mapped, path.local)
+        pair.local_kind = self.checks.local_kind(mapped, path.local)
         if not self.controlling and pair.nominated > (self._selected.nominated if self._selected else 0):
             self._select(pair, now)
 
-    def _repair_role(self, check: _Check, now: float) -> bool:
+    def _repair_role(self, check: SentCheck, now: float) -> bool:
         """RFC 8445 section 7.2.5.1: the peer keeps the role that the check claimed."""
         if check.controlling == self.controlling and not self._messages.switch_role():
             return False
         checking = check.pair.state is PairState.CHECKING
-        if checking and self._limits.take_rate(now) and self._take_silent(check.pair, now):
+        if checking and self._limits.take_rate(now) and self.outbox.take_silent(check.pair, now):
             self._send(check.pair, now)
         return True
 
-    def _take_answer(self, check: _Check, now: float) -> None:
+    def _take_answer(self, check: SentCheck, now: float) -> None:
         pair = check.pair
         pair.apply(PairInput.ANSWER)
         pair.measure(now, now - check.sent_at)
@@ -353,16 +328,12 @@ class PunchAgent:
     def _period(self, pair: Pair) -> float:
         """Until the next check of a working path."""
         if pair is self._selected:
-            return self._jittered(self._settings.consent_s)
+            return self._settings.jittered(self._settings.consent_s, self._entropy)
         near = pair in self._spares()[:ALTERNATIVES]
-        return self._jittered(self._settings.alternative_s if near else self._settings.spare_s)
+        return self._settings.jittered(self._settings.alternative_s if near else self._settings.spare_s, self._entropy)
 
     def _spares(self) -> list[Pair]:
-        return self._choice.spares(self._checks.within(PairState.VALID))
-
-    def _jittered(self, period_s: float) -> float:
-        share = int.from_bytes(self._entropy(2), "big") / 0xFFFF
-        return period_s * (1.0 + self._settings.jitter * (2.0 * share - 1.0))
+        return self._choice.spares(self.checks.within(PairState.VALID))
 
     def _reject(self, pair: Pair, reason: str, now: float) -> None:
         was = pair.state
@@ -373,10 +344,10 @@ class PunchAgent:
     # Checks of ours
 
     def _change(self, local: Sequence[Candidate], remote: Sequence[Candidate], now: float) -> None:
-        for pair in self._checks.update(local, remote):
+        for pair in self.checks.update(local, remote):
             if pair is self._selected:
                 self._lose(pair, f"our address {pair.local.host} is gone", now)
-        for pair in self._checks.within(PairState.FAILED):
+        for pair in self.checks.within(PairState.FAILED):
             pair.failures = 0
             self._retry(pair)
         if self._selected is None:
@@ -393,24 +364,24 @@ class PunchAgent:
 
     def _start_next(self, now: float) -> None:
         """Give the best waiting pair the slot, if there is one."""
-        waiting = self._checks.within(PairState.WAITING)
+        waiting = self.checks.within(PairState.WAITING)
         if self._slot_at is None and waiting:
             self._slot_at = self._limits.reserve_start(now)
         if self._slot_at is None or now < self._slot_at:
             return
         self._slot_at = None
-        for pair in self._by_priority(waiting):
+        for pair in self.checks.by_priority(waiting, self.controlling):
             if not self._limits.take_rate(now):
                 break
             pair.apply(PairInput.START)
             retry = pair.failures > 0
             pair.begin_round(now, self._settings.retry_offsets_s if retry else self._settings.check_offsets_s)
-            if self._take_silent(pair, now):
+            if self.outbox.take_silent(pair, now):
                 self._send(pair, now)
                 pair.schedule_after_check(now, self._settings)
                 break
             self._fail(pair, "its address got enough packets without an answer", now)
-        if self._checks.within(PairState.WAITING):
+        if self.checks.within(PairState.WAITING):
             self._slot_at = self._limits.reserve_start(now)
 
     def _continue_round(self, pair: Pair, now: float) -> None:
@@ -418,7 +389,7 @@ class PunchAgent:
             self._fail(pair, "no answer", now)
         elif not self._limits.take_rate(now):
             pair.next_at = now + TA_S
-        elif self._take_silent(pair, now):
+        elif self.outbox.take_silent(pair, now):
             self._send(pair, now)
             pair.schedule_after_check(now, self._settings)
         else:
@@ -445,7 +416,7 @@ class PunchAgent:
 
     def _probe(self, pair: Pair, now: float) -> None:
         """Check a working path; its packets are counted, not held back."""
-        self._take_silent(pair, now)
+        self.outbox.take_silent(pair, now)
         self._send(pair, now)
         pair.schedule_after_probe(now)
 
@@ -455,17 +426,9 @@ class PunchAgent:
         pair.begin_probe(now, self._settings.verify_s, self._settings.verify_tries)
         self._probe(pair, now)
 
-    def _take_silent(self, pair: Pair, now: float) -> bool:
-        return self._limits.take_silent(pair.path.remote, now, permitted=pair.permitted, session=self._session(pair))
-
     def _send(self, pair: Pair, now: float) -> None:
         """One check."""
-        nominates = self.controlling and pair is self._selected
-        transaction, data = self._messages.check(pair.local, nominates=nominates)
-        self._awaited.put(transaction, _Check(pair, now, self.controlling, nominates))
-        pair.checks_sent += 1
-        pair.last_sent_at = now
-        self._out.append(Transmit(pair.path, data))
+        self.outbox.check(pair, now, nominates=self.controlling and pair is self._selected)
 
     # Failure and choice
 
@@ -474,42 +437,35 @@ class PunchAgent:
         self._note_failure(pair, reason, now)
 
     def _note_failure(self, pair: Pair, reason: str, now: float) -> None:
-        backoff = self._settings.backoff_s
-        if pair.failures < len(backoff):
-            wait_s = backoff[pair.failures]
-        else:
-            wait_s = backoff[-1] if self._selected in (None, pair) else self._settings.idle_backoff_s
-        pair.fail(reason, now + self._jittered(wait_s))
+        wait_s = self._settings.pause_s(pair.failures, idle=self._selected not in (None, pair))
+        pair.fail(reason, now + self._settings.jittered(wait_s, self._entropy))
         if pair is self._selected:
             self._lose(pair, reason, now)
         if not pair.signalled and pair.failures >= MAX_LEARNED_FAILURES:
-            self._checks.discard(pair)
+            self.checks.discard(pair)
 
     def _lose(self, pair: Pair, reason: str, now: float) -> None:
         """The chosen path is gone: the others prove that they work, then one of them is chosen."""
         self._choice.drop()
-        self._out.append(PathLost(pair.path, reason))
-        for other in self._checks.within(PairState.VALID):
+        self.outbox.say(PathLost(pair.path, reason))
+        for other in self.checks.within(PairState.VALID):
             other.apply(PairInput.DOUBT)
             other.begin_round(now, self._settings.check_offsets_s)
-        for other in self._checks.within(PairState.FAILED):
+        for other in self.checks.within(PairState.FAILED):
             if other is not pair:
                 self._retry(other)
         self._attempt(now)
 
     def _decide(self, now: float) -> None:
         """The controlling side nominates; the quick checks of a path in doubt carry the news until one is answered."""
-        valid = self._by_priority(self._checks.within(PairState.VALID))
+        valid = self.checks.by_priority(self.checks.within(PairState.VALID), self.controlling)
         pair = self._choice.next(
-            valid, pending=bool(self._checks.within(PairState.WAITING, PairState.CHECKING)), now=now
+            valid, pending=bool(self.checks.within(PairState.WAITING, PairState.CHECKING)), now=now
         )
         if pair is not None:
             self._select(pair, now)
             pair.begin_probe(now, self._settings.miss_s, self._settings.quick_tries)
             self._probe(pair, now)
-
-    def _by_priority(self, pairs: list[Pair]) -> list[Pair]:
-        return sorted(pairs, key=lambda pair: (-self._checks.pair_priority(pair, self.controlling), pair.path))
 
     def _select(self, pair: Pair, now: float) -> None:
         if pair is self._selected:
@@ -518,9 +474,9 @@ class PunchAgent:
         self._give_up_at = None
         self._overdue = False
         if not pair.quick_s:
-            pair.next_at = now + self._jittered(self._settings.consent_s)
-        priority = self._checks.pair_priority(pair, self.controlling)
-        self._out.append(PathNominated(pair.path, pair.kind, pair.rtt_s or 0.0, priority))
+            pair.next_at = now + self._settings.jittered(self._settings.consent_s, self._entropy)
+        priority = self.checks.pair_priority(pair, self.controlling)
+        self.outbox.say(PathNominated(pair.path, pair.kind, pair.rtt_s or 0.0, priority))
 
 
 def _is_symmetric(sent: Path, answered: Path) -> bool:

@@ -12,7 +12,7 @@ from p2pvpn.core.address import Endpoint, Path
 
 from .candidates import MAX_CANDIDATES, Candidate, CandidateKind, pair_priority, priority, priority_of
 from .limits import PunchLimits
-from .pair import Pair, PairState
+from .pair import Pair, PairReport, PairState
 
 MAX_PAIRS = 64
 """Formed pairs of a session, best first: four local addresses with sixteen candidates (RFC 8445 section 6.1.2.5)."""
@@ -172,3 +172,14 @@ class CheckList:
     def pair_priority(self, pair: Pair, controlling: bool) -> int:
         ours, theirs = self.local_priority(pair.local), priority(pair.remote)
         return pair_priority(ours, theirs) if controlling else pair_priority(theirs, ours)
+
+    def by_priority(self, pairs: list[Pair], controlling: bool) -> list[Pair]:
+        """These pairs, the best first."""
+        return sorted(pairs, key=lambda pair: (-self.pair_priority(pair, controlling), pair.path))
+
+    def report(self, selected: Pair | None, controlling: bool) -> list[PairReport]:
+        """Every pair, best priority first."""
+        return [
+            pair.report(pair is selected, self.pair_priority(pair, controlling))
+            for pair in self.by_priority(self.pairs, controlling)
+        ]

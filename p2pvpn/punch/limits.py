@@ -118,9 +118,9 @@ class PunchLimits:
         entry.sent += 1
         return True
 
-    def earn(self, target: Endpoint, now: float, *, session: bytes = b"") -> None:
-        """An authenticated check came from there: it may get one packet for it, so that nobody gets more than came."""
-        self._entry(target, session, now).earned += 1
+    def earn(self, target: Endpoint, now: float, *, session: bytes = b"", packets: int = 1) -> None:
+        """An authenticated check came from there: it may get a packet for it, so that nobody gets more than came."""
+        self._entry(target, session, now).earned += packets
 
     def answered(self, target: Endpoint, *, session: bytes = b"") -> None:
         """An authenticated answer came from there: it is not silent."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from p2pvpn.core.ports import Entropy
+
 
 @dataclass(frozen=True, slots=True)
 class PunchSettings:
@@ -52,3 +54,14 @@ class PunchSettings:
     """A path that works is kept at least so long."""
     answer_lifetime_s: float = 5.0
     """Answers to checks older than this are ignored."""
+
+    def jittered(self, period_s: float, entropy: Entropy) -> float:
+        """The period, randomised."""
+        share = int.from_bytes(entropy(2), "big") / 0xFFFF
+        return period_s * (1.0 + self.jitter * (2.0 * share - 1.0))
+
+    def pause_s(self, failures: int, *, idle: bool) -> float:
+        """Until a pair is tried again that failed before so many times; `idle` while another path serves."""
+        if failures < len(self.backoff_s):
+            return self.backoff_s[failures]
+        return self.idle_backoff_s if idle else self.backoff_s[-1]
