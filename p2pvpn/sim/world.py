@@ -117,11 +117,13 @@ class Machine:
 
     def side(self) -> Side:
         """Where the machine is, for the oracle."""
-        if self.home is None:
-            hosts = [host for interface in self.host.interfaces for host in interface.hosts]
-            v4, v6 = (() if any((":" in host) == ipv6 for host in hosts) else None for ipv6 in (False, True))
-            return Side(("host", self.name), v4, v6)
-        return Side(("lan", self.home.name), self.home.ipv4, self.home.ipv6, self.home.blocks_udp)
+        hosts = [host for interface in self.host.interfaces for host in interface.hosts]
+        has_v4, has_v6 = (any((":" in host) == ipv6 for host in hosts) for ipv6 in (False, True))
+        home = self.home
+        if home is None:
+            return Side(("host", self.name), () if has_v4 else None, () if has_v6 else None)
+        families = home.ipv4 if has_v4 else None, home.ipv6 if has_v6 else None
+        return Side(("lan", home.name), *families, home.blocks_udp)
 
 
 class SimResolver:
