@@ -156,6 +156,25 @@ def _open_pair(family: int, port: int) -> UdpPair | None:
     return UdpPair(family, control, esp)
 
 
+def open_plain(port: int) -> tuple[socket.socket, ...]:
+    """One non-blocking socket per family on a port where only the engine listens; families that it cannot be had in
+    are left out.
+    """
+    found: list[socket.socket] = []
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with contextlib.suppress(OSError):
+            sock = _udp_socket(family)
+            try:
+                sock.setblocking(False)
+                sock.bind(("", port))
+                _receive_packet_info(sock)
+            except OSError:
+                sock.close()
+                raise
+            found.append(sock)
+    return tuple(found)
+
+
 def _bind_error(port: int, error: OSError) -> LocalError:
     if error.errno == errno.EADDRINUSE:
         return LocalError(

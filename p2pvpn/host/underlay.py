@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import logging
 import socket
 from collections.abc import Callable, Sequence
 
 from p2pvpn.core.address import Endpoint, IpNetwork, Path
 
 from .netlink import LocalAddress, Netlink
-from .udp import ANCILLARY_BYTES, MAX_DATAGRAM_BYTES, SharedPort, ancillary, local_address, open_port
+from .udp import ANCILLARY_BYTES, MAX_DATAGRAM_BYTES, SharedPort, ancillary, local_address, open_plain, open_port
+
+log = logging.getLogger(__name__)
 
 BATCH = 64
 """Datagrams taken per wake-up of a socket, so that a flood on it leaves the loop to others."""
@@ -37,9 +40,10 @@ class Underlay:
         self._loop = asyncio.get_running_loop()
         self._looking: asyncio.Task[None] | None = None
         self._look_again = False
-        self._sockets = {pair.family: pair.control for pair in shared.pairs}
-        for sock in self._sockets.values():
-            self._loop.add_reader(sock, self._receive, sock)
+        self._sockets: dict[tuple[int, int], socket.socket] = {}
+        """By family and port: the shared port first, then those of `listen_at`."""
+        for pair in shared.pairs:
+            self._listen(pair.control, shared.port)
         netlink.watch(self._on_change)
 
     @classmethod
@@ -53,9 +57,25 @@ class Underlay:
         self._netlink.unwatch(self._on_change)
         if self._looking is not None:
             self._looking.cancel()
-        for sock in self._sockets.values():
+        for (_, port), sock in self._sockets.items():
             self._loop.remove_reader(sock)
+            if port != self.port:
+                sock.close()
         self._shared.close()
+
+    def listen_at(self, ports: Sequence[int]) -> None:
+        for port in ports:
+            if any(known == port for _, known in self._sockets):
+                continue
+            opened = open_plain(port)
+            if not opened:
+                log.warning("UDP port %d is in use by another program: peers learn less about their NATs from us", port)
+            for sock in opened:
+                self._listen(sock, port)
+
+    def _listen(self, sock: socket.socket, port: int) -> None:
+        self._sockets[sock.family, port] = sock
+        self._loop.add_reader(sock, self._receive, sock, port)
 
     @property
     def port(self) -> int:
@@ -70,20 +90,20 @@ class Underlay:
         return [
             Endpoint(address.host, self.port)
             for address in self._addresses
-            if (socket.AF_INET6 if ":" in address.host else socket.AF_INET) in self._sockets
+            if (socket.AF_INET6 if ":" in address.host else socket.AF_INET, self.port) in self._sockets
         ]
 
     def local_networks(self) -> Sequence[IpNetwork]:
         return [ipaddress.ip_interface(f"{a.host}/{a.prefix_length}").network for a in self._addresses]
 
     def send(self, path: Path, data: bytes) -> None:
-        sock = self._sockets.get(socket.AF_INET6 if path.remote.is_ipv6 else socket.AF_INET)
+        sock = self._sockets.get((socket.AF_INET6 if path.remote.is_ipv6 else socket.AF_INET, path.local.port))
         if sock is None:
             return
         with contextlib.suppress(OSError):
             sock.sendmsg([data], ancillary(path), 0, path.remote)
 
-    def _receive(self, sock: socket.socket) -> None:
+    def _receive(self, sock: socket.socket, port: int) -> None:
         for _ in range(BATCH):
             try:
                 data, control, _, source = sock.recvmsg(MAX_DATAGRAM_BYTES, ANCILLARY_BYTES)
@@ -93,7 +113,7 @@ class Underlay:
                 continue  # a soft error of an earlier datagram
             host = local_address(control)
             if host is not None:
-                path = Path(Endpoint(host, self.port), Endpoint.of(source[0], source[1]))
+                path = Path(Endpoint(host, port), Endpoint.of(source[0], source[1]))
                 self.on_datagram(path, data)
 
     def _on_change(self) -> None:

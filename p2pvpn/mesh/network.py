@@ -410,6 +410,13 @@ class Network:
         sessions = (self.sessions.get(hub.overlay) for hub in self.attachments.connected())
         return [s.current.path.remote for s in sessions if s is not None and s.current is not None]
 
+    def doubt_hub(self, at: Endpoint) -> None:
+        """The hub there may be gone, or may not know us any more: verify the tunnel to it."""
+        for hub in self.attachments.connected():
+            session = self.sessions.get(hub.overlay)
+            if session is not None and session.current is not None and session.current.path.remote == at:
+                session.suspect()
+
     # What the command line asks.
 
     def forget(self, overlay: IPv6Address) -> None:

@@ -34,8 +34,9 @@ from p2pvpn.ike.outputs import (
 from p2pvpn.punch.candidates import MAX_CANDIDATES, Candidate, priority
 from p2pvpn.punch.limits import PunchLimits
 from p2pvpn.punch.mux import PunchMux
+from p2pvpn.punch.proof import Proofs
 from p2pvpn.punch.reflector import Reflector
-from p2pvpn.punch.reflexive import ReflexiveLearned, ReflexiveLost, ReflexiveProbe
+from p2pvpn.punch.reflexive import STUN_PORTS, HubDoubted, ReflexiveLearned, ReflexiveLost, ReflexiveProbe
 
 from .connect import Attempt
 from .events import EventSink
@@ -55,6 +56,7 @@ SETTLE_S = 0.05
 """Changes of the network come in bunches."""
 MOVE_TRIES = 3
 """Over a path that was just proven: gives up after 3 s, and another path is tried."""
+PROOF_KEY_BYTES = 32
 MAX_SPIS = 100_000
 """Beyond this, SPIs of negotiations that came to nothing are given back."""
 
@@ -106,7 +108,8 @@ class Node:
         self._runs: dict[str, asyncio.Task[None]] = {}
         self._reflexive = ReflexiveProbe(underlay.port, entropy)
         self._reflexive_pump = Pump(self._reflexive, underlay, self._on_reflexive)
-        self._reflector = Reflector()
+        self._proofs = Proofs(entropy(PROOF_KEY_BYTES))
+        self._reflector = Reflector(self._proofs)
         self._settling: asyncio.TimerHandle | None = None
         self.services.suspect = self._look_outside
         underlay.on_datagram = self._on_datagram
@@ -128,6 +131,8 @@ class Node:
         standing = Standing(profile, store, self.services.wall)
         network = Network(self.services, standing, self._resolver, self, backend)
         self.networks[network.label] = network
+        if network.hub is not None:
+            self._underlay.listen_at(STUN_PORTS)
         self._forbid_overlays()
         self.refresh_credentials()
         try:
@@ -287,10 +292,14 @@ class Node:
     def _on_reflexive(self, output: Output) -> None:
         if isinstance(output, ReflexiveLearned | ReflexiveLost):
             self._moved_soon()
+        elif isinstance(output, HubDoubted):
+            for network in self.networks.values():
+                network.doubt_hub(output.hub)
 
     def network_changed(self) -> None:
         """An address, link or default route of the machine changed."""
         self.services.punch_limits.update_subnets(self._underlay.local_networks())
+        self._reflexive.forget()
         self._look_outside()
         self._moved_soon()
 

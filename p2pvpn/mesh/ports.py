@@ -28,6 +28,10 @@ class Underlay(Protocol):
         """The local port of both families."""
         ...
 
+    def listen_at(self, ports: Sequence[int]) -> None:
+        """Receive at these ports too, as far as they can be had; what comes there has them in `path.local`."""
+        ...
+
     def send(self, path: Path, data: bytes) -> None:
         """Send, best effort: an unroutable or full network loses the packet, never raises."""
         ...

@@ -58,6 +58,12 @@ class SimUnderlay:
     def port(self) -> int:
         return self.ports[0]
 
+    def listen_at(self, ports: Sequence[int]) -> None:
+        for port in ports:
+            if port not in self.ports:
+                self._host.sockets.bind(None, port, self._receive)
+                self.ports = (*self.ports, port)
+
     def send(self, path: Path, data: bytes) -> None:
         if not self._closed and path.local.port in self.ports:
             self._host.send(path.local, path.remote, data)

@@ -1,4 +1,4 @@
-"""Credentials, limits, the mux, the reflector and the reflexive probe."""
+"""Credentials, limits, the mux and the reflector."""
 
 from __future__ import annotations
 
@@ -11,21 +11,17 @@ from hypothesis import strategies as st
 
 from p2pvpn.core import stun
 from p2pvpn.core.address import Endpoint, Path
-from p2pvpn.core.errors import LocalError
-from p2pvpn.core.output import Transmit
+from p2pvpn.core.errors import LocalError, TrustError
 from p2pvpn.core.secret import Secret
-from p2pvpn.punch.behaviour import Mapping
-from p2pvpn.punch.candidates import CandidateKind
 from p2pvpn.punch.credentials import IceCredentials, derive
 from p2pvpn.punch.limits import CHECKS_BURST, CHECKS_PER_S, SILENCE_S, SILENT_PACKETS, TA_S, PunchLimits
+from p2pvpn.punch.proof import NO_PROOF, PROOF_BYTES, SLOT_S, Proofs
 from p2pvpn.punch.reflector import REQUESTS_BURST, Reflector, reflect
-from p2pvpn.punch.reflexive import RC, REFRESH_S, ReflexiveLearned, ReflexiveLost, ReflexiveProbe
 
 from .fakenet import PORT, Host, Net, Peer, pair_up
 
 HERE = Endpoint("192.0.2.1", PORT)
 THERE = Endpoint("203.0.113.5", 5555)
-HUBS = [Endpoint("198.51.100.1", 3478), Endpoint("198.51.100.2", 3478), Endpoint("198.51.100.3", 3478)]
 
 
 def exporter(label: bytes, length: int) -> Secret:
@@ -213,114 +209,34 @@ class TestReflector:
         assert reflector.handle(Path(self.path.local, Endpoint("203.0.113.9", 0)), request, 3.0) is None
 
 
-class TestReflexiveProbe:
-    def probe(self) -> ReflexiveProbe:
-        numbers = iter(range(1, 10**6))
-        return ReflexiveProbe(PORT, lambda count: next(numbers).to_bytes(count, "big"))
+class TestProofs:
+    path = Path(Endpoint("198.51.100.1", 3478), THERE)
 
-    def answer(self, probe: ReflexiveProbe, sent: Transmit, seen: Endpoint, now: float, local: Endpoint = HERE) -> list:
-        data = stun.build(stun.success(sent.data[8:20], seen))
-        return probe.handle(Path(local, sent.path.remote), data, now)
+    def test_who_asks_for_a_proof_gets_one_and_is_told_no_more_than_it_asked_with(self) -> None:
+        proofs = Proofs(b"k" * 32)
+        request = stun.build(stun.request(b"x" * 12, nonce=NO_PROOF))
+        answer = reflect(self.path, request, proofs, 5.0)
+        proof = stun.parse_untrusted(answer).attributes["NONCE"]
+        assert len(proof) == PROOF_BYTES
+        proofs.check(proof, THERE, 5.0)
+        assert len(answer) + 28 < 1.5 * (len(request) + 28)
+        plain = stun.build(stun.request(b"x" * 12))
+        assert "NONCE" not in stun.parse_untrusted(reflect(self.path, plain, proofs, 5.0)).attributes
 
-    def test_what_a_hub_sees_is_learned_and_said_once(self) -> None:
-        probe = self.probe()
-        first, second = probe.update(HUBS[:2], 1.0)
-        assert first.path == Path(Endpoint("0.0.0.0", PORT), HUBS[0])
-        assert self.answer(probe, first, THERE, 1.05) == [ReflexiveLearned(HERE, HUBS[0], THERE)]
-        assert self.answer(probe, second, THERE, 1.06) == [ReflexiveLearned(HERE, HUBS[1], THERE)]
-        (candidate,) = probe.candidates()
-        assert (candidate.kind, candidate.endpoint, candidate.base) == (CandidateKind.REFLEXIVE, THERE, HERE)
-        again = probe.refresh(5.0)
-        assert self.answer(probe, again[0], THERE, 5.1) == []
-        elsewhere = Endpoint("203.0.113.5", 6666)
-        assert self.answer(probe, again[1], elsewhere, 5.1) == [ReflexiveLearned(HERE, HUBS[1], elsewhere)]
-        assert probe.seen_by() == {HUBS[0]: THERE, HUBS[1]: elsewhere}
+    def test_a_proof_is_for_one_address_one_hub_and_a_while(self) -> None:
+        proofs = Proofs(b"k" * 32)
+        proof = proofs.make(THERE, 5.0)
+        proofs.check(proof, THERE, 5.0 + SLOT_S)
+        for other, endpoint, now in (
+            (proofs, HERE, 5.0),
+            (proofs, Endpoint(THERE.host, THERE.port + 1), 5.0),
+            (proofs, THERE, 5.0 + 2 * SLOT_S),
+            (Proofs(b"j" * 32), THERE, 5.0),
+        ):
+            with pytest.raises(TrustError):
+                other.check(proof, endpoint, now)
 
-    def test_requests_are_repeated_and_a_silent_hub_is_given_up_and_asked_again(self) -> None:
-        probe = self.probe()
-        (sent,) = probe.update(HUBS[:1], 0.0)
-        self.answer(probe, sent, THERE, 0.1)
-        probe.refresh(10.0)
-        times = [10.0]
-        lost = None
-        while lost is None:
-            now = probe.next_deadline()
-            for output in probe.tick(now):
-                if isinstance(output, ReflexiveLost):
-                    lost = (now, output)
-                else:
-                    times.append(now)
-        assert times == pytest.approx([10.0, 10.5, 11.5, 13.5, 17.5])
-        assert len(times) == RC
-        assert lost == (pytest.approx(19.5), ReflexiveLost(HUBS[0], THERE))
-        assert probe.candidates() == []
-        assert 19.5 + 0.9 * REFRESH_S <= probe.next_deadline() <= 19.5 + 1.1 * REFRESH_S
-        assert len(probe.tick(probe.next_deadline())) == 1
-
-    def test_it_keeps_the_mapping_open(self) -> None:
-        probe = self.probe()
-        (sent,) = probe.update(HUBS[:1], 0.0)
-        self.answer(probe, sent, THERE, 0.1)
-        assert 0.9 * REFRESH_S <= probe.next_deadline() - 0.1 <= 1.1 * REFRESH_S
-        (again,) = probe.tick(probe.next_deadline())
-        assert again.data[8:20] != sent.data[8:20]
-
-    def test_only_the_hub_that_was_asked_is_believed(self) -> None:
-        probe = self.probe()
-        (sent,) = probe.update(HUBS[:1], 0.0)
-        good = stun.build(stun.success(sent.data[8:20], THERE))
-        assert probe.handle(Path(HERE, HUBS[1]), good, 0.1) is None
-        assert probe.handle(Path(HERE, HUBS[0]), stun.build(stun.success(b"x" * 12, THERE)), 0.1) is None
-        assert probe.handle(Path(HERE, HUBS[0]), b"not STUN at all, is it?", 0.1) is None
-        assert probe.handle(Path(HERE, HUBS[0]), sent.data, 0.1) is None
-        assert probe.handle(Path(HERE, HUBS[0]), stun.build(stun.error(sent.data[8:20], 400, "no")), 0.1) == []
-        for lie in (Endpoint("127.0.0.1", 1), Endpoint("224.0.0.1", 1), Endpoint("203.0.113.1", 0), Endpoint("::5", 5)):
-            assert self.answer(probe, sent, lie, 0.1) == []
-        assert probe.seen_by() == {}
-        assert self.answer(probe, sent, THERE, 0.1) != []
-        assert probe.handle(Path(HERE, HUBS[0]), good, 0.2) is None
-
-    def test_hubs_that_left_are_forgotten(self) -> None:
-        probe = self.probe()
-        (sent,) = probe.update(HUBS[:1], 0.0)
-        self.answer(probe, sent, THERE, 0.1)
-        assert len(probe.update(HUBS, 1.0)) == 2
-        assert probe.seen_by() == {HUBS[0]: THERE}
-        assert probe.update(HUBS[1:], 1.0) == []
-        assert probe.seen_by() == {}
-
-    @pytest.mark.parametrize(
-        ("seen", "mapping"),
-        [
-            ([], Mapping.UNKNOWN),
-            ([THERE], Mapping.UNKNOWN),
-            ([HERE, HERE], Mapping.NONE),
-            ([THERE, THERE, THERE], Mapping.ENDPOINT_INDEPENDENT),
-            ([THERE, THERE, Endpoint("203.0.113.5", 5556)], Mapping.ENDPOINT_DEPENDENT),
-            ([THERE, Endpoint("203.0.113.6", 5555)], Mapping.ENDPOINT_DEPENDENT),
-        ],
-    )
-    def test_two_hubs_tell_how_our_nat_maps(self, seen: list[Endpoint], mapping: Mapping) -> None:
-        probe = self.probe()
-        for sent, endpoint in zip(probe.update(HUBS, 0.0), seen, strict=False):
-            self.answer(probe, sent, endpoint, 0.1)
-        assert probe.mapping() is mapping
-        assert probe.mapping(ipv6=True) is Mapping.UNKNOWN
-
-    def test_two_ports_of_one_hub_prove_dependence_but_not_independence(self) -> None:
-        probe = self.probe()
-        first, second = probe.update([HUBS[0], Endpoint(HUBS[0].host, 4500)], 0.0)
-        self.answer(probe, first, THERE, 0.1)
-        self.answer(probe, second, THERE, 0.1)
-        assert probe.mapping() is Mapping.UNKNOWN
-        first, second = probe.refresh(1.0)
-        self.answer(probe, second, Endpoint("203.0.113.5", 5556), 1.1)
-        assert probe.mapping() is Mapping.ENDPOINT_DEPENDENT
-
-    def test_two_local_addresses_are_two_mappings(self) -> None:
-        probe = self.probe()
-        first, second = probe.update(HUBS[:2], 0.0)
-        self.answer(probe, first, THERE, 0.1)
-        self.answer(probe, second, Endpoint("203.0.113.99", 5), 0.1, local=Endpoint("192.0.2.77", PORT))
-        assert probe.mapping() is Mapping.UNKNOWN
-        assert len(probe.candidates()) == 2
+    @given(st.binary(max_size=32))
+    def test_made_up_proofs_do_not_hold(self, proof: bytes) -> None:
+        with pytest.raises(TrustError):
+            Proofs(b"k" * 32).check(proof, THERE, 5.0)
