@@ -23,6 +23,9 @@ from p2pvpn.lab.net import Lab
 from p2pvpn.lab.stage import Stage, require_programs
 from p2pvpn.lab.switching import Round, connect, switch
 
+SPANS = 12
+"""Runs of lost packets that are told of a round."""
+
 
 def main() -> int:
     """Run the campaign inside a laboratory of its own."""
@@ -68,9 +71,13 @@ def _perform(options: argparse.Namespace) -> int:
                 f"longest gap {one.gap_s:.2f} s   upgrade {one.upgrade_s:5.2f} s, {one.lost_at_upgrade} lost",
                 flush=True,
             )
+            if one.lost_at_upgrade or one.lost_before_upgrade:
+                before = f"{one.lost_before_upgrade} lost on the relayed path before the upgrade"
+                print("    ", before, *one.lost_spans[:SPANS], f"dropped by {one.drops}", sep="\n     ", flush=True)
     lost = sum(one.lost_at_upgrade for one in rounds)
     gap = statistics.median(one.gap_s for one in rounds)
-    print(f"lost at {len(rounds)} upgrades: {lost}; median gap at a fall-back: {gap:.2f} s")
+    before = sum(one.lost_before_upgrade for one in rounds)
+    print(f"lost at {len(rounds)} upgrades: {lost}, before them: {before}; median gap at a fall-back: {gap:.2f} s")
     if options.json:
         Path(options.json).write_text(json.dumps([dataclasses.asdict(one) for one in rounds], indent=1))
     return 0 if lost == 0 else 1
