@@ -78,8 +78,8 @@ def _protocols() -> Iterator[tuple[str, int]]:
                 yield f"{kind[:-1]} {reason}", int(values[reason])
     for line in _read("snmp6"):
         name, count = line.split()
-        for kind, reasons in _SNMP.items():
-            if name.startswith(f"{kind}6") and name[len(kind) + 1 :] in reasons:
+        for kind, wanted in _SNMP.items():
+            if name.startswith(f"{kind}6") and name[len(kind) + 1 :] in wanted:
                 yield name, int(count)
 
 
