@@ -89,7 +89,13 @@ def explain(result: Result, runs: int) -> None:
 def plan_of(seed: int, options: argparse.Namespace) -> Plan:
     trouble = Trouble(Crash(options.crash), options.churn, options.cut)
     return draw_plan(
-        seed, peers=options.peers, hubs=options.hubs, pairs=options.pairs, rate=options.rate, trouble=trouble
+        seed,
+        peers=options.peers,
+        hubs=options.hubs,
+        pairs=options.pairs,
+        rate=options.rate,
+        nat=options.nat,
+        trouble=trouble,
     )
 
 
@@ -101,6 +107,9 @@ def main() -> int:
     parser.add_argument("--hubs", type=int, default=3)
     parser.add_argument("--pairs", type=int, default=1000, help="pairs that talk, per seed")
     parser.add_argument("--rate", type=float, default=10.0, help="pairs that begin in a second")
+    parser.add_argument(
+        "--nat", default="", metavar="KIND", help="everybody behind a NAT of this kind, instead of the mix"
+    )
     parser.add_argument("--crash", choices=[crash.value for crash in Crash], default="none", help="of the first hub")
     parser.add_argument("--churn", type=float, default=0.0, help="share of the peers that crash and restart")
     parser.add_argument("--cut", type=float, default=0.0, metavar="SECONDS", help="partition around the second hub")

@@ -133,14 +133,9 @@ class DhtClient:
 
     async def lookup_all(self, key: bytes, *, fresh: bool = False) -> list[Record]:
         """Every publisher's record under a key, by subject: gateways of a prefix. Raises NoHubAnsweredError."""
-        known = self._known.get(key)
-        if known is not None and known.cached and not fresh:
-            records = self._alive(known)
-            wall = self._wall()
-            if records and all(wall < _half_life(record) for record in records):
-                return records
-            if not records and asyncio.get_running_loop().time() < known.missed_until:
-                return []
+        remembered = None if fresh else self.remembered(key)
+        if remembered is not None:
+            return remembered
         lookup = self._lookups.get(key)
         if lookup is None:
             lookup = self._background.spawn(self._lookup(key), f"look-up {key.hex()[:12]}")
@@ -149,6 +144,16 @@ class DhtClient:
         if lookup.cancelled() or not lookup.result():
             raise NoHubAnsweredError("no hub answered", hint="Is there a tunnel to any hub?")
         return self._alive(self._know(key))
+
+    def remembered(self, key: bytes) -> list[Record] | None:
+        """What a look-up would answer without asking anybody; None when it would ask."""
+        known = self._known.get(key)
+        if known is None or not known.cached:
+            return None
+        records, wall = self._alive(known), self._wall()
+        if records:
+            return records if all(wall < _half_life(record) for record in records) else None
+        return [] if asyncio.get_running_loop().time() < known.missed_until else None
 
     def forget(self, key: bytes | None = None) -> None:
         """Look this key, or everything, up anew. The highest sequences seen stay remembered."""

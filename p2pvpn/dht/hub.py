@@ -143,6 +143,14 @@ class HubNode:
         await self._forwards.close()
         self.store.flush()
 
+    async def find(self, asker: IPv6Address, key: bytes) -> list[Record]:
+        """What is stored under a key, here or at the other hubs, who are asked at the rate that `asker` may."""
+        rows = self.store.find(key, self._wall())
+        if not rows and self._crawlers.take(asker, asyncio.get_running_loop().time()):
+            await self._look_elsewhere(Wanted(key))
+            rows = self.store.find(key, self._wall())
+        return [parse_untrusted(row.raw) for row in rows]
+
     # Methods
 
     def _on_store(self, sender: IPv6Address, args: object) -> object:
@@ -216,6 +224,10 @@ class HubNode:
         return page([row for row in rows if self._allowed(asker, parse_untrusted(row.raw))], wanted.after)
 
     async def _find_elsewhere(self, asker: IPv6Address, wanted: Wanted) -> object:
+        await self._look_elsewhere(wanted)
+        return self._shown(asker, wanted, self.store.find(wanted.key, self._wall())).value
+
+    async def _look_elsewhere(self, wanted: Wanted) -> None:
         believed_until = self._misses.peek(wanted.key)
         if believed_until is None or believed_until <= asyncio.get_running_loop().time():
             crawl = self._crawls.get(wanted.key)
@@ -223,7 +235,6 @@ class HubNode:
                 crawl = self._background.spawn(self._crawl(wanted), f"crawl {wanted.key.hex()[:12]}")
                 self._crawls[wanted.key] = crawl
             await asyncio.wait((crawl,))
-        return self._shown(asker, wanted, self.store.find(wanted.key, self._wall())).value
 
     async def _crawl(self, wanted: Wanted) -> bool:
         def absorb(raw: bytes) -> bool:

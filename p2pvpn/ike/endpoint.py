@@ -7,6 +7,7 @@ one is due, offers something acceptable, and its sender has not too many half-op
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import heapq
 import math
@@ -138,6 +139,12 @@ class IkeEndpoint:
         sa.begin(init.InitRequest(self._local, request), now)
         return sa.id, self._collect(sa, now)
 
+    def go_on(self, sa_id: int, path: Path, answer: bytes, now: float) -> list[Output]:
+        """The IKE_SA_INIT request of this SA was carried to the peer by other means, and this is the answer, or
+        nothing: everything else goes over `path`, the request itself too while it is not answered.
+        """
+        return self._with(sa_id, now, lambda sa: _go_on(sa, path, answer, now))
+
     def move(self, sa_id: int, path: Path, now: float) -> list[Output]:
         """MOBIKE to another path, for the original initiator alone. Ends in SaMoved or MoveFailed.
 
@@ -237,11 +244,22 @@ class IkeEndpoint:
         if sa is not None:
             receive(sa, path, header, data, now)
             return self._collect(sa, now)
-        is_new = header.exchange == Exchange.IKE_SA_INIT and header.initiator and not header.response
+        return self._handle_init(path, header, data, now) if self._is_new(header) else []
+
+    def handle_carried(self, path: Path, data: bytes, now: float) -> list[Output]:
+        """An IKE_SA_INIT request that an authenticated party carried here: its `path` is no way over the network but
+        stands for who sent it, who needs no cookie to prove it. Anything else is dropped.
+        """
+        try:
+            header, _ = parse_header_untrusted(data)
+        except (VersionError, WireError):
+            return []
+        return self._handle_init(path, header, data, now, is_carried=True) if self._is_new(header) else []
+
+    def _is_new(self, header: Header) -> bool:
+        is_request = header.exchange == Exchange.IKE_SA_INIT and header.initiator and not header.response
         is_reflected = header.spi_i in self._by_spi
-        if is_new and header.spi_r == NO_SPI and header.message_id == 0 and not is_reflected:
-            return self._handle_init(path, header, data, now)
-        return []
+        return is_request and header.spi_r == NO_SPI and header.message_id == 0 and not is_reflected
 
     def next_deadline(self) -> float | None:
         """When `tick` has something to do, or None."""
@@ -276,7 +294,9 @@ class IkeEndpoint:
 
     # IKE_SA_INIT of strangers
 
-    def _handle_init(self, path: Path, header: Header, data: bytes, now: float) -> list[Output]:
+    def _handle_init(
+        self, path: Path, header: Header, data: bytes, now: float, *, is_carried: bool = False
+    ) -> list[Output]:
         settings = self._local.settings
         key = (path.remote, hashlib.sha256(data).digest())
         known = self._inits.get(key)
@@ -288,7 +308,7 @@ class IkeEndpoint:
         if not self._local.credentials or len(self._by_id) >= settings.sa_max:
             return []
         try:
-            if crowd >= settings.cookie_total or here >= settings.cookie_per_source:
+            if not is_carried and (crowd >= settings.cookie_total or here >= settings.cookie_per_source):
                 wanted = self._cookie_untrusted(path, header, data, now)
                 if wanted is not None:
                     return [self._say(path, header, wanted)]
@@ -429,6 +449,19 @@ class IkeEndpoint:
         for one in sa.kin:
             one.kin.remove(sa)
         sa.kin = []
+
+
+def _go_on(sa: IkeSa, path: Path, answer: bytes, now: float) -> None:
+    """Takes an IKE SA whose first request waits from where it was carried to a path."""
+    if sa.state is not State.INIT_SENT:
+        return
+    sa.path = path
+    with contextlib.suppress(VersionError, WireError):
+        header, _ = parse_header_untrusted(answer)
+        receive(sa, path, header, answer, now)
+    waiting = sa.requests.outstanding
+    if waiting is not None and waiting.path != path:
+        sa.redirect(path, waiting.limit, now)
 
 
 def _source(endpoint: Endpoint) -> str:

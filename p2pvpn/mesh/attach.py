@@ -1,7 +1,8 @@
 """Keeps tunnels to enough hubs: two for a peer, all of them for a hub.
 
-Which two: the order is drawn from the peer's own ID, so that peers spread over the hubs, and a hub that failed goes to
-the end of the line. One task watches; whatever ends a tunnel wakes it.
+Which two: the order is drawn from the peer's overlay address, so that peers spread over the hubs, and whoever wants to
+call a peer knows which hubs to ask first without a look-up. A hub that failed goes to the end of the line. One task
+watches; whatever ends a tunnel wakes it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,11 @@ class Hub:
     overlay: IPv6Address
 
 
+def preference(peer: IPv6Address, hub: PeerId) -> bytes:
+    """Orders the hubs for one peer, the least first: rendezvous hashing."""
+    return hashlib.sha256(peer.packed + hub).digest()
+
+
 class HubSession(Protocol):
     """What attachments need of a session."""
 
@@ -41,7 +47,7 @@ class Attachments:
     """Decides which hubs to be attached to, and tries until it is so."""
 
     def __init__(
-        self, services: Services, me: PeerId, wanted: int | None, session: Callable[[IPv6Address], HubSession]
+        self, services: Services, me: IPv6Address, wanted: int | None, session: Callable[[IPv6Address], HubSession]
     ):
         """`wanted` None means every hub."""
         self._services = services
@@ -56,7 +62,7 @@ class Attachments:
 
     def set_hubs(self, hubs: Sequence[Hub]) -> None:
         """The hubs of a new document, without ourselves."""
-        self._hubs = {hub.overlay: hub for hub in hubs if hub.peer_id != self._me}
+        self._hubs = {hub.overlay: hub for hub in hubs if hub.overlay != self._me}
         self._failures = {overlay: count for overlay, count in self._failures.items() if overlay in self._hubs}
         self.wake()
 
@@ -94,7 +100,7 @@ class Attachments:
 
     def _ordered(self) -> list[Hub]:
         def rank(hub: Hub) -> tuple[int, bytes]:
-            return self._failures.get(hub.overlay, 0), hashlib.sha256(self._me + hub.peer_id).digest()
+            return self._failures.get(hub.overlay, 0), preference(self._me, hub.peer_id)
 
         return sorted(self._hubs.values(), key=rank)
 

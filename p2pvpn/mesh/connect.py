@@ -1,8 +1,10 @@
-"""How a connection begins, from the wish to the SA: locate, dial or call, IKE.
+"""How a connection begins, from the wish to the SA: dial, or call with IKE inside.
 
-a hub                       dial its address from the network document
-a peer with a public path   dial what its locator says; silence for a second means: go on
-any other peer              call it through a hub, bind our side of the relay, run IKE over it
+a hub                        dial its address from the network document
+a peer whose locator we have
+and says a public endpoint   dial that; silence for a second means: go on
+any other peer               call it through a hub, with IKE_SA_INIT inside; go on with IKE over the relay that the
+                             hub gives. The locator is looked up meanwhile, for when no hub takes the call.
 """
 
 from __future__ import annotations
@@ -11,17 +13,13 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv6Address
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from p2pvpn.core.address import Endpoint, Path, any_local
 from p2pvpn.core.errors import P2pvpnError
 
 from .relaying import RelayPath
 from .services import Services
-
-if TYPE_CHECKING:
-    from .directory import Locator
-
 
 MAX_CALLS = 3
 """Of one attempt; the next one follows after the back-off."""
@@ -60,6 +58,15 @@ class Attempt:
         if not self.done.done():
             self.done.set_exception(ConnectError("IKE", reason))
 
+    async def finish(self, timeout_s: float) -> None:
+        """Wait for the SA. Raises ConnectError."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await asyncio.shield(self.done)
+        except TimeoutError:
+            where = "" if self.path is None else f" from {self.path.remote}"
+            raise ConnectError("IKE", f"no answer{where}") from None
+
     def begin_again(self, services: Services) -> None:
         """Forget the exchange without a word; another may begin."""
         if self.sa_id is not None and not self.done.done():
@@ -71,29 +78,32 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """Where a peer may be found: endpoints that answer strangers, and for peers the locator with more."""
+    """Where a peer or hub answers strangers."""
 
     endpoints: tuple[Endpoint, ...]
-    locator: Locator | None
-
-    @property
-    def is_hub(self) -> bool:
-        return self.locator is None
+    is_hub: bool
 
 
 class Finder(Protocol):
     """What the story needs of the network."""
 
+    def is_hub(self, overlay: IPv6Address) -> bool: ...
+
     async def locate(self, overlay: IPv6Address) -> Located: ...
 
-    async def relay_to(self, locator: Locator, tried: Sequence[str]) -> RelayPath:
-        """Call the peer: a relay that we bind to, with the peer invited to the other side. Hubs at addresses that were
-        `tried` are asked last. Raises ConnectError.
+    def known_endpoints(self, overlay: IPv6Address) -> tuple[Endpoint, ...]:
+        """Where the peer answers strangers, as far as we know without asking."""
+        ...
+
+    async def call(self, attempt: Attempt, tried: Sequence[str]) -> tuple[RelayPath, bytes]:
+        """Begin IKE and call the peer with its first message: a relay that we bind to, with the peer invited to the
+        other side, and the peer's answer if it gave one in time. Hubs at addresses that were `tried` are asked last.
+        Raises ConnectError.
         """
         ...
 
     async def relay_anew(self, overlay: IPv6Address, dead: Endpoint) -> RelayPath:
-        """The same for a live SA whose path to `dead` died. Raises ConnectError."""
+        """A relay for a live SA whose path to `dead` died. Raises ConnectError."""
         ...
 
     def is_connected(self, overlay: IPv6Address) -> bool:
@@ -109,32 +119,49 @@ async def connect(finder: Finder, services: Services, attempt: Attempt, relay: R
     """Bring an SA with `attempt.overlay` up, over `relay` if there is one already. Raises ConnectError with the step
     that failed.
     """
-    if relay is None:
-        located = await finder.locate(attempt.overlay)
-        if await _dial_all(finder, services, attempt, located) or finder.is_connected(attempt.overlay):
-            return
-        await _dial_by_call(finder, services, attempt, located)
+    if relay is not None:
+        await _dial_over(finder, services, attempt, relay)
+    elif finder.is_hub(attempt.overlay):
+        await _dial_all(finder, services, attempt, await finder.locate(attempt.overlay))
     else:
-        await _dial_over(finder, services, attempt, relay, services.tuning.connect_timeout_s)
+        await _reach(finder, services, attempt)
 
 
-async def _dial_by_call(finder: Finder, services: Services, attempt: Attempt, located: Located) -> None:
+async def _reach(finder: Finder, services: Services, attempt: Attempt) -> None:
+    known = finder.known_endpoints(attempt.overlay)
+    if known and await _dial_all(finder, services, attempt, Located(known, is_hub=False)):
+        return
+    locating = asyncio.create_task(finder.locate(attempt.overlay), name=f"locate {attempt.overlay}")
+    try:
+        try:
+            await _dial_by_call(finder, services, attempt)
+        except ConnectError:
+            attempt.begin_again(services)
+            if finder.is_connected(attempt.overlay):
+                return
+            located = await locating
+            if located.endpoints == known or not await _dial_all(finder, services, attempt, located):
+                raise
+    finally:
+        locating.cancel()
+        await asyncio.gather(locating, return_exceptions=True)
+
+
+async def _dial_by_call(finder: Finder, services: Services, attempt: Attempt) -> None:
     """Call the peer, and when it does not come, call it through another hub: the first may know an old place of it."""
-    assert located.locator is not None
     tried: list[str] = []
-    while True:
-        relay = await finder.relay_to(located.locator, tried)
+    while not finder.is_connected(attempt.overlay):
+        relay, answer = await finder.call(attempt, tried)
         if finder.is_connected(attempt.overlay):
+            attempt.begin_again(services)
             return
         try:
-            await _dial_over(finder, services, attempt, relay, services.tuning.relay_dial_timeout_s)
+            await _go_on_over(services, attempt, relay, answer)
             return
         except ConnectError:
             tried.append(relay.endpoint.host)
             attempt.begin_again(services)
-            if finder.is_connected(attempt.overlay):
-                return
-            if len(tried) >= MAX_CALLS:
+            if len(tried) >= MAX_CALLS and not finder.is_connected(attempt.overlay):
                 raise
 
 
@@ -150,18 +177,32 @@ async def _dial_all(finder: Finder, services: Services, attempt: Attempt, locate
             if located.is_hub and endpoint == located.endpoints[-1]:
                 raise
             attempt.begin_again(services)
-    return False
+    return finder.is_connected(attempt.overlay)
 
 
-async def _dial_over(finder: Finder, services: Services, attempt: Attempt, relay: RelayPath, timeout_s: float) -> None:
+async def _go_on_over(services: Services, attempt: Attempt, relay: RelayPath, answer: bytes) -> None:
+    """IKE began inside the call and goes on over the relay."""
+    sa_id = attempt.sa_id
+    assert sa_id is not None
+    attempt.path = relay.path
+    services.ike.post(lambda now: services.ike.endpoint.go_on(sa_id, relay.path, answer, now))
+    _watch(services, attempt, relay)
+    await attempt.finish(services.tuning.relay_dial_timeout_s)
+
+
+async def _dial_over(finder: Finder, services: Services, attempt: Attempt, relay: RelayPath) -> None:
+    attempt.path = relay.path
+    _watch(services, attempt, relay)
+    await finder.dial(attempt, services.tuning.connect_timeout_s)
+
+
+def _watch(services: Services, attempt: Attempt, relay: RelayPath) -> None:
     """IKE goes out right behind the bind, which the relay takes at once when it knows our address; if it did not, the
-    first message was lost, and goes again when the relay is bound.
+    message was lost, and goes again when the relay is bound.
     """
 
     def bound(at_once: bool) -> None:
         if not at_once and attempt.sa_id is not None:
             services.ike.resend(attempt.sa_id)
 
-    attempt.path = relay.path
     relay.when_bound(bound, lambda: attempt.fail("the relay does not answer"))
-    await finder.dial(attempt, timeout_s)

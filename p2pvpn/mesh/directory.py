@@ -99,16 +99,21 @@ class Directory:
             self._ipv4.pop(member.ipv4)
         self._dht.forget(records.key_of_locator(self._owner.me.network, overlay))
 
+    def known_locator(self, overlay: IPv6Address) -> Locator | None:
+        """A peer's locator if it need not be looked up."""
+        known = self._dht.remembered(records.key_of_locator(self._owner.me.network, overlay))
+        return _locator(known[0]) if known else None
+
     # Finding.
 
     async def locator(self, overlay: IPv6Address) -> Locator:
         """Raises ConnectError when nobody knows the peer."""
         started = self._services.now
         record = await self._lookup(records.key_of_locator(self._owner.me.network, overlay), str(overlay))
-        assert isinstance(record.body, LocatorBody)
+        locator = _locator(record)
         took = round(self._services.now - started, 4)
-        self._owner.emit(Located(self._owner.label, self.name_of(overlay) or str(overlay), len(record.body.hubs), took))
-        return Locator(record.subject, record.body.hubs, record.body.endpoints)
+        self._owner.emit(Located(self._owner.label, self.name_of(overlay) or str(overlay), len(locator.hubs), took))
+        return locator
 
     async def resolve(self, text: str) -> IPv6Address:
         """An overlay address from a name or any address of a peer. Raises LocalError or ConnectError."""
@@ -202,3 +207,8 @@ class Directory:
             if isinstance(answer, BaseException) and not isinstance(answer, P2pvpnError):
                 raise answer
         return all(isinstance(answer, int) and answer > 0 for answer in answers)
+
+
+def _locator(record: records.Record) -> Locator:
+    assert isinstance(record.body, LocatorBody)
+    return Locator(record.subject, record.body.hubs, record.body.endpoints)

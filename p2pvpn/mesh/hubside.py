@@ -17,14 +17,14 @@ from p2pvpn.core.ids import PeerId
 from p2pvpn.core.output import Output
 from p2pvpn.dht.hub import HubNode
 from p2pvpn.dht.policy import AcceptancePolicy
-from p2pvpn.dht.records import Record
+from p2pvpn.dht.records import LocatorBody, Record, key_of_locator
 from p2pvpn.dht.rpc import RpcNode, RpcRefusedError
 from p2pvpn.dht.storage import Backend, RecordStore
 from p2pvpn.identity.member import Member
 from p2pvpn.relay.limits import RelayLimits
 from p2pvpn.relay.server import Answer, Bind, ClosePair, Forward, RelayServer
 
-from .calls import CALL, FORWARD, MEET, Call, Invitation, Meet, decode_address_untrusted, encode_address
+from .calls import CALL, FORWARD, MEET, Answered, Call, Invitation, Meet, Told, decode_response_untrusted
 from .calls import Forward as ForwardCall
 from .directory import Directory
 from .ports import Forwarder
@@ -46,6 +46,8 @@ class Refusal:
 
 FORWARD_HUBS = 3
 """Hubs of the target that are asked to tell it; it ignores the second word of the same relay."""
+ANSWER_WAIT_S = 1.0
+"""For what a called peer says to the IKE message: longer than any round trip that is worth using."""
 FORWARD_TIMEOUT_S = 1.5
 """For each of them; the caller waits twice as long."""
 USAGE_POLL_S = 10.0
@@ -152,21 +154,36 @@ class HubSide:
         caller = self._caller(call.certificate)
         if caller.overlay != sender:
             raise RpcRefusedError(Refusal.FOREIGN, "the certificate is not the caller's")
-        self._judge(caller, call.target)
-        relays, side_a, side_b = await self._allocate(caller, call.target)
-        overlay = self._registry.standing.overlay_of(call.target)
+        target, hubs = await self._whereabouts(sender, call.target)
+        self._judge(caller, target)
+        relays, side_a, side_b = await self._allocate(caller, target)
         invitation = Invitation(relays(side_b[0]), side_b[1], self._registry.outer_address(sender))
-        meet = Meet(call.certificate, invitation, call.resume)
-        seen_at = self._registry.outer_address(overlay)
-        if seen_at is not None:
-            self._services.tasks.start(self._invite(overlay, meet), f"invite {overlay}")
+        meet = Meet(call.certificate, invitation, call.resume, call.ike)
+        if hubs:
+            told = await self._forward(call.target, hubs, meet)
+            self.relay.owner_at(target.peer_id, told.seen_at)
         else:
-            seen_at = await self._forward(call, meet)
-            self.relay.owner_at(call.target, seen_at)
-        return Invitation(relays(side_a[0]), side_a[1], seen_at).encode()
+            told = await self._tell(call.target, meet)
+        return Answered(Invitation(relays(side_a[0]), side_a[1], told.seen_at), told.ike).encode()
+
+    async def _whereabouts(self, asker: IPv6Address, overlay: IPv6Address) -> tuple[Member, tuple[PeerId, ...]]:
+        """Who is called, and the other hubs that can tell it; none when it is attached here."""
+        registry = self._registry
+        member = registry.directory.member(overlay)
+        if member is not None and registry.outer_address(overlay) is not None:
+            return member, ()
+        standing = registry.standing
+        found = await self.node.find(asker, key_of_locator(standing.me.network, overlay))
+        record = max(found, key=lambda one: one.sequence, default=None)
+        if record is None or not isinstance(record.body, LocatorBody):
+            raise RpcRefusedError(Refusal.ABSENT, "no hub knows the peer")
+        hubs = tuple(hub for hub in record.body.hubs if hub != standing.me.peer_id)
+        if not hubs:
+            raise RpcRefusedError(Refusal.ABSENT, "the peer is not attached to any hub")
+        return self._caller(record.certificate), hubs
 
     async def _allocate(
-        self, caller: Member, target: PeerId
+        self, caller: Member, target: Member
     ) -> tuple[Callable[[int], tuple[Endpoint, ...]], tuple[int, bytes], tuple[int, bytes]]:
         now = self._services.now
         if not self.relay.may_allocate(caller.peer_id, now):
@@ -181,9 +198,9 @@ class HubSide:
                 port_a,
                 port_b,
                 caller.peer_id,
-                target,
+                target.peer_id,
                 registry.outer_address(caller.overlay),
-                registry.outer_address(registry.standing.overlay_of(target)),
+                registry.outer_address(target.overlay),
                 now,
             )
         except P2pvpnError as problem:
@@ -198,19 +215,29 @@ class HubSide:
 
         return relays, (port_a, allocation.side_a.encode()), (port_b, allocation.side_b.encode())
 
-    async def _invite(self, target: IPv6Address, meet: Meet) -> None:
-        try:
-            await self._rpc.request(target, MEET, meet.encode(), timeout=self._services.tuning.call_timeout_s)
-        except P2pvpnError:
-            return  # The caller's IKE retransmits, and its next attempt tries another hub.
+    async def _tell(self, target: IPv6Address, meet: Meet) -> Told:
+        """Tell a peer that is attached here; its IKE answer is waited for, but not for long: the caller has other ways
+        to go on."""
+        telling = self._services.tasks.start(self._invite(target, meet), f"invite {target}")
+        if meet.ike:
+            await asyncio.wait((telling,), timeout=ANSWER_WAIT_S)
+        ike = telling.result() if telling.done() and not telling.cancelled() else b""
+        return Told(self._registry.outer_address(target), ike)
 
-    async def _forward(self, call: Call, meet: Meet) -> IpAddress | None:
+    async def _invite(self, target: IPv6Address, meet: Meet) -> bytes:
+        timeout_s = self._services.tuning.call_timeout_s
+        try:
+            return decode_response_untrusted(await self._rpc.request(target, MEET, meet.encode(), timeout=timeout_s))
+        except P2pvpnError:
+            return b""  # The caller's IKE retransmits over the relay, and its next attempt tries another hub.
+
+    async def _forward(self, target: IPv6Address, hubs: tuple[PeerId, ...], meet: Meet) -> Told:
         """Have the target told by its hubs, all of them, as one may not know yet that it is gone from there. Returns
-        where the first that answers sees it.
+        what the first that answers says.
         """
         registry = self._registry
-        overlays = [registry.standing.overlay_of(hub) for hub in call.hubs if hub != registry.standing.me.peer_id]
-        args = ForwardCall(call.target, meet).encode()
+        overlays = [registry.standing.overlay_of(hub) for hub in hubs]
+        args = ForwardCall(target, meet).encode()
         asking = {
             self._services.tasks.start(self._forward_to(overlay, args), f"forward to {overlay}")
             for overlay in list(filter(registry.is_hub, overlays))[:FORWARD_HUBS]
@@ -219,36 +246,32 @@ class HubSide:
         while asking:
             done, asking = await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
-                answer: IpAddress | P2pvpnError | None = task.result()
-                if not isinstance(answer, P2pvpnError):
+                answer: Told | P2pvpnError = task.result()
+                if isinstance(answer, Told):
                     return answer
                 problem = f"the peer could not be told: {answer}"
         raise RpcRefusedError(Refusal.ABSENT, problem)
 
-    async def _forward_to(self, hub: IPv6Address, args: list[object]) -> IpAddress | P2pvpnError | None:
+    async def _forward_to(self, hub: IPv6Address, args: list[object]) -> Told | P2pvpnError:
         try:
-            return decode_address_untrusted(await self._rpc.request(hub, FORWARD, args, timeout=FORWARD_TIMEOUT_S))
+            return Told.decode_untrusted(await self._rpc.request(hub, FORWARD, args, timeout=FORWARD_TIMEOUT_S))
         except P2pvpnError as problem:
             return problem
 
-    async def _on_forward(self, sender: IPv6Address, args: object) -> bytes:
+    async def _on_forward(self, sender: IPv6Address, args: object) -> list[object]:
         forward = ForwardCall.decode_untrusted(args)
         if not self._registry.is_hub(sender):
             raise RpcRefusedError(Refusal.FOREIGN, "only hubs forward calls")
         caller = self._caller(forward.meet.certificate)
-        overlay = self._registry.standing.overlay_of(forward.target)
-        seen_at = self._registry.outer_address(overlay)
-        if seen_at is None:
+        target = self._registry.directory.member(forward.target)
+        if target is None or self._registry.outer_address(forward.target) is None:
             raise RpcRefusedError(Refusal.ABSENT, "the peer is not attached here")
-        self._judge(caller, forward.target)
-        self._services.tasks.start(self._invite(overlay, forward.meet), "invite for another hub")
-        return encode_address(seen_at)
+        self._judge(caller, target)
+        return (await self._tell(forward.target, forward.meet)).encode()
 
-    def _judge(self, caller: Member, target: PeerId) -> None:
-        """Refuses what the document forbids; a target we know nothing of is left to its own hub and to itself."""
-        standing = self._registry.standing
-        member = self._registry.directory.member(standing.overlay_of(target))
-        if member is not None and not standing.document.allows(caller, member):
+    def _judge(self, caller: Member, target: Member) -> None:
+        """Refuses what the document forbids."""
+        if not self._registry.standing.document.allows(caller, target):
             raise RpcRefusedError(Refusal.DENIED, "the network document does not let the two talk")
 
     def _public_addresses(self) -> list[IpAddress]:

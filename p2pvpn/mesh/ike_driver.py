@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from ipaddress import IPv6Address
 from typing import TypeVar
 
-from p2pvpn.core.address import Path
+from p2pvpn.core.address import Endpoint, Path
 from p2pvpn.core.datagram import KEEPALIVE, NON_ESP_MARKER
 from p2pvpn.core.errors import P2pvpnError
 from p2pvpn.core.output import Output, Transmit
@@ -29,6 +30,15 @@ MAX_QUEUED_DATAGRAMS = 2000
 IKE_PORT_WITHOUT_MARKER = 500
 
 Step = Callable[[float], list[Output]]
+
+
+def carried_path(local: IPv6Address, remote: IPv6Address) -> Path:
+    """Between two overlay addresses, for messages inside a call. Port 0 is nobody's: nothing is sent over it."""
+    return Path(Endpoint(str(local), 0), Endpoint(str(remote), 0))
+
+
+def is_carried(path: Path) -> bool:
+    return not path.remote.port
 
 
 class IkeDriver:
@@ -96,6 +106,18 @@ class IkeDriver:
         self._steps.put_nowait(run)
         return await done
 
+    async def carried(self, path: Path, step: Callable[[float], tuple[T, list[Output]]]) -> tuple[T, bytes]:
+        """Like `call`, and returns also the first message that goes over `path`, which somebody else carries."""
+        messages: list[bytes] = []
+
+        def run(now: float) -> tuple[T, list[Output]]:
+            result, outputs = step(now)
+            messages.extend(one.data for one in outputs if isinstance(one, Transmit) and one.path == path)
+            return result, outputs
+
+        result = await self.call(run)
+        return result, messages[0] if messages else b""
+
     async def drained(self) -> None:
         """Wait until everything queued so far is executed."""
         await self.call(lambda now: (None, []))
@@ -131,6 +153,8 @@ class IkeDriver:
     async def _execute(self, outputs: list[Output]) -> None:
         for output in outputs:
             match output:
+                case Transmit(path) if is_carried(path):
+                    pass
                 case Transmit(path, data):
                     marker = b"" if path.local.port == IKE_PORT_WITHOUT_MARKER else NON_ESP_MARKER
                     self._underlay.send(path, marker + data)

@@ -29,10 +29,11 @@ from p2pvpn.punch.candidates import Candidate, encode_candidates
 
 from .attach import Attachments
 from .connect import Attempt, ConnectError, Located
-from .directory import Directory, Locator
+from .directory import Directory
 from .events import DocumentReplaced, HubAttached, HubDetached, MeshEvent
 from .gossip import DocumentGossip
 from .hubside import HubSide
+from .ike_driver import carried_path
 from .notices import CANDIDATES, DocumentVersion, document_version
 from .ports import Resolver, SaUsage
 from .relaying import RelayPath
@@ -85,7 +86,7 @@ class Network:
         self.dht = DhtClient(self.rpc, policy, services.wall)
         self.directory = Directory(services, self, self.dht)
         wanted = None if self.me.is_hub else services.tuning.hubs_wanted
-        self.attachments = Attachments(services, self.me.peer_id, wanted, self.session)
+        self.attachments = Attachments(services, self.me.overlay, wanted, self.session)
         self.gossip = DocumentGossip(self.rpc, standing.encoded_document, self._adopt)
         self.rendezvous = Rendezvous(
             services=services,
@@ -277,27 +278,34 @@ class Network:
         hub = self.attachments.hub_at(overlay)
         if hub is None:
             locator = await self.directory.locator(overlay)
-            return Located(locator.endpoints, locator)
+            return Located(locator.endpoints, is_hub=False)
         entry = self.standing.document.hub(hub.peer_id)
         endpoints: list[Endpoint] = []
         for address in entry.addresses if entry is not None else ():
             endpoints += await self._resolver.resolve(address, DEFAULT_HUB_PORT)
         if not endpoints:
             raise ConnectError("locate", f"no address of hub {hub.name} can be resolved")
-        return Located(tuple(endpoints), None)
+        return Located(tuple(endpoints), is_hub=True)
 
     def is_connected(self, overlay: IPv6Address) -> bool:
         session = self.sessions.get(overlay)
         return session is not None and session.connected
 
-    async def relay_to(self, locator: Locator, tried: Sequence[str]) -> RelayPath:
-        return await self.rendezvous.relay_to(locator, tried)
+    def known_endpoints(self, overlay: IPv6Address) -> tuple[Endpoint, ...]:
+        locator = self.directory.known_locator(overlay)
+        return () if locator is None else locator.endpoints
+
+    async def call(self, attempt: Attempt, tried: Sequence[str]) -> tuple[RelayPath, bytes]:
+        attempt.path = carried_path(self.me.overlay, attempt.overlay)
+        ike = await self._begin(attempt)
+        return await self.rendezvous.relay_to(attempt.overlay, tried, ike=ike)
 
     async def relay_anew(self, overlay: IPv6Address, dead: Endpoint) -> RelayPath:
-        return await self.rendezvous.relay_to(await self.directory.locator(overlay), [dead.host], resume=True)
+        relay, _ = await self.rendezvous.relay_to(overlay, [dead.host], resume=True)
+        return relay
 
-    async def dial(self, attempt: Attempt, timeout_s: float) -> None:
-        """Run IKE over the attempt's path. Raises ConnectError."""
+    async def _begin(self, attempt: Attempt) -> bytes:
+        """Begin IKE over the attempt's path; returns the first message if that path is inside a call."""
         assert attempt.path is not None
         request = Initiate(
             credential=self.credential(),
@@ -307,13 +315,14 @@ class Network:
             remote=ANY,
             tag=attempt,
         )
-        endpoint = self._services.ike.endpoint
-        attempt.sa_id = await self._services.ike.call(lambda now: endpoint.initiate(request, now))
-        try:
-            async with asyncio.timeout(timeout_s):
-                await asyncio.shield(attempt.done)
-        except TimeoutError:
-            raise ConnectError("IKE", f"no answer from {attempt.path.remote}") from None
+        driver = self._services.ike
+        attempt.sa_id, message = await driver.carried(attempt.path, lambda now: driver.endpoint.initiate(request, now))
+        return message
+
+    async def dial(self, attempt: Attempt, timeout_s: float) -> None:
+        """Run IKE over the attempt's path. Raises ConnectError."""
+        await self._begin(attempt)
+        await attempt.finish(timeout_s)
 
     def credential(self) -> Credential:
         return self.standing.credential(self._auth_notifies)

@@ -1,4 +1,7 @@
-"""How two peers meet at a relay: the caller asks a hub, the called one is told, both bind their sides."""
+"""How two peers meet at a relay: the caller asks a hub, the called one is told, both bind their sides.
+
+The caller's IKE_SA_INIT request goes with the call, the called one's answer comes back with the relay.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,12 @@ from ipaddress import IPv6Address
 from p2pvpn.core.errors import P2pvpnError, TrustError
 from p2pvpn.dht.rpc import Code, RpcNode, RpcRefusedError
 
-from .attach import Attachments, Hub
-from .calls import CALL, MEET, Call, Invitation, Meet
+from .attach import Attachments, Hub, preference
+from .calls import CALL, MEET, Answered, Call, Invitation, Meet
 from .connect import ConnectError
-from .directory import Directory, Locator
+from .directory import Directory
 from .events import Called, EventSink, Refused
+from .ike_driver import carried_path
 from .relaying import RelayPath
 from .services import Services
 from .session import Session
@@ -49,16 +53,18 @@ class Rendezvous:
         self._emit = emit
         rpc.register(MEET, self._on_meet)
 
-    async def relay_to(self, locator: Locator, tried: Sequence[str], *, resume: bool = False) -> RelayPath:
-        """Call a peer through our hubs, to `resume` a live SA or for a new one. Raises ConnectError.
+    async def relay_to(
+        self, target: IPv6Address, tried: Sequence[str], *, ike: bytes = b"", resume: bool = False
+    ) -> tuple[RelayPath, bytes]:
+        """Call a peer through our hubs, to `resume` a live SA or for a new one that begins with `ike`; returns the
+        relay, and the peer's answer to `ike` or nothing. Raises ConnectError.
 
         Hubs that the peer is attached to are asked first, hubs at addresses that were `tried` last.
         """
-        overlay = self._standing.overlay_of(locator.peer_id)
-        call = Call(locator.peer_id, locator.hubs, self._standing.me.certificate, resume)
-        hubs = sorted(self._attachments.connected(), key=lambda hub: self._rank(hub, locator, tried))
+        call = Call(target, self._standing.me.certificate, resume, ike)
+        hubs = sorted(self._attachments.connected(), key=lambda hub: self._rank(hub, target, tried))
         problem = "no hub is attached"
-        asking: set[asyncio.Task[tuple[RelayPath, Invitation]]] = set()
+        asking: set[asyncio.Task[tuple[RelayPath, Answered]]] = set()
         try:
             while hubs or asking:
                 if hubs:
@@ -68,36 +74,40 @@ class Rendezvous:
                 )
                 for task in done:
                     try:
-                        relay, invitation = await task
+                        relay, answered = await task
                     except ConnectError as failure:
                         problem = str(failure)
                     else:
-                        self._keep(relay, overlay, invitation)
-                        return relay
+                        self._keep(relay, target, answered.invitation)
+                        return relay, answered.ike
         finally:
             for task in asking:
                 task.cancel()
             await asyncio.gather(*asking, return_exceptions=True)
-        self._directory.forget(overlay)
+        self._directory.forget(target)
         raise ConnectError("call", problem)
 
-    def _rank(self, hub: Hub, locator: Locator, tried: Sequence[str]) -> tuple[int, bool, bool]:
+    def _rank(self, hub: Hub, target: IPv6Address, tried: Sequence[str]) -> tuple[int, bool, bool, bytes]:
+        """By the target's locator if we have it, else by where it would attach if all hubs were well."""
         host = self._host_of(hub.overlay)
         silent = self._rpc.is_silent(hub.overlay) or self._session(hub.overlay).is_doubtful
-        return tried.count(host or ""), silent, hub.peer_id not in locator.hubs
+        locator = self._directory.known_locator(target)
+        elsewhere = locator is not None and hub.peer_id not in locator.hubs
+        return tried.count(host or ""), silent, elsewhere, preference(target, hub.peer_id)
 
     def _host_of(self, hub: IPv6Address) -> str | None:
         """Where our tunnel to a hub goes."""
         current = self._session(hub).current
         return None if current is None else current.path.remote.host
 
-    async def _ask(self, hub: Hub, call: Call) -> tuple[RelayPath, Invitation]:
+    async def _ask(self, hub: Hub, call: Call) -> tuple[RelayPath, Answered]:
         try:
             answer = await self._rpc.request(hub.overlay, CALL, call.encode(), timeout=CALL_TIMEOUT_S)
-            invitation = Invitation.decode_untrusted(answer)
-            return await self._bind(hub.overlay, invitation), invitation
+            answered = Answered.decode_untrusted(answer)
+            return await self._bind(hub.overlay, answered.invitation), answered
         except P2pvpnError as failure:
-            self._session(hub.overlay).suspect()
+            if not isinstance(failure, RpcRefusedError):
+                self._session(hub.overlay).suspect()
             raise ConnectError("call", f"{hub.name}: {failure}") from None
 
     async def _bind(self, hub: IPv6Address, invitation: Invitation) -> RelayPath:
@@ -121,7 +131,15 @@ class Rendezvous:
         self._directory.learn(caller)
         self._emit(Called(self._standing.label, caller.name, str(meet.invitation.relays[0])))
         self._services.tasks.start(self._answer(sender, meet, caller.overlay), f"meet {caller.name}")
-        return []
+        return [await self._take_init(meet.ike, caller.overlay)]
+
+    async def _take_init(self, ike: bytes, caller: IPv6Address) -> bytes:
+        """Our answer to the IKE_SA_INIT request that came with a call."""
+        if not ike:
+            return b""
+        path, driver = carried_path(self._standing.me.overlay, caller), self._services.ike
+        _, answer = await driver.carried(path, lambda now: (None, driver.endpoint.handle_carried(path, ike, now)))
+        return answer
 
     async def _answer(self, hub: IPv6Address, meet: Meet, caller: IPv6Address) -> None:
         if not self._session(caller).paths.relays.keys().isdisjoint(meet.invitation.relays):

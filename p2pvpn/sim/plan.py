@@ -110,13 +110,17 @@ def draw_plan(
     hubs: int = 3,
     pairs: int = 1000,
     rate: float = 10.0,
+    nat: str = "",
     line: Quality = LINE,
     trouble: Trouble = Trouble(),
 ) -> Plan:
-    """A plan by the mix above; `rate` is how many pairs begin in a second. Raises ValueError for too many pairs."""
+    """A plan by the mix above, or with every peer behind a home of its own with this `nat`; `rate` is how many pairs
+    begin in a second. Raises ValueError for too many pairs.
+    """
     draw = seeded(seed, "plan")
-    kinds = [kind for kind, share in MIX.items() for _ in range(round(share * peers))]
-    kinds = (kinds + [next(iter(MIX))] * peers)[:peers]
+    mix = {nat: 1.0} if nat else MIX
+    kinds = [kind for kind, share in mix.items() for _ in range(round(share * peers))]
+    kinds = (kinds + [next(iter(mix))] * peers)[:peers]
     draw.shuffle(kinds)
     possible = list(combinations(range(peers), 2))
     if pairs > len(possible):
@@ -124,20 +128,22 @@ def draw_plan(
     duration = pairs / rate
     crashing = set(draw.sample(range(peers), round(trouble.churn * peers)))
     people: list[PeerPlan] = []
-    alike: dict[str, list[PeerPlan]] = {kind: [] for kind in MIX}
-    for number, nat in enumerate(kinds):
+    alike: dict[str, list[PeerPlan]] = {kind: [] for kind in mix}
+    for number, kind in enumerate(kinds):
         name = f"peer{number + 1:03}"
         home, carrier = f"home{number + 1:03}", ""
-        if nat == "none":
+        if kind == "none":
             home = ""
+        elif nat:
+            pass
         elif draw.random() < DOUBLE_NAT_SHARE:
             carrier = draw.choice(CARRIERS)
-        elif alike[nat] and draw.random() < SHARED_HOME_SHARE:
-            host = draw.choice(alike[nat])
+        elif alike[kind] and draw.random() < SHARED_HOME_SHARE:
+            host = draw.choice(alike[kind])
             home, carrier = host.home, host.carrier
         crash_at = draw.uniform(0.0, duration) if number in crashing else None
-        people.append(PeerPlan(name, nat, home, carrier, crash_at))
-        alike[nat].append(people[-1])
+        people.append(PeerPlan(name, kind, home, carrier, crash_at))
+        alike[kind].append(people[-1])
     talks = []
     for one, other in draw.sample(possible, pairs):
         if draw.random() < 0.5:

@@ -43,16 +43,15 @@ def test_a_call_is_made_for_oneself_only_and_only_with_a_certificate_of_this_net
     life = Life(11)
 
     async def story() -> None:
-        hub, target = life.hubs[0], life.b.profile.member.peer_id
-        hubs = (hub.profile.member.peer_id,)
+        hub, target = life.hubs[0], life.b.overlay
         theirs = life.b.profile.member.certificate
         mine = life.a.profile.member.certificate
         for certificate, code in ((theirs, Refusal.FOREIGN), (foreign, Refusal.UNTRUSTED), (b"", Refusal.UNTRUSTED)):
-            refusal = await refused(life, life.a, hub, CALL, Call(target, hubs, certificate).encode())
+            refusal = await refused(life, life.a, hub, CALL, Call(target, certificate).encode())
             assert refusal.code == code
         changed = bytearray(mine)
         changed[-1] ^= 1
-        refusal = await refused(life, life.a, hub, CALL, Call(target, hubs, bytes(changed)).encode())
+        refusal = await refused(life, life.a, hub, CALL, Call(target, bytes(changed)).encode())
         assert refusal.code == Refusal.UNTRUSTED
         assert not life.heard(life.b, Called)
         assert not list(life.network(hub).hub.relay.ports())  # type: ignore[union-attr]
@@ -64,11 +63,12 @@ def test_a_call_is_made_for_oneself_only_and_only_with_a_certificate_of_this_net
     "args",
     [
         [],
-        [b"", [], 0, b""],
-        [bytes(20), [bytes(20)] * 100, 0, b""],
-        [bytes(20), [b"x"], 0, b""],
-        [bytes(20), [], 0, bytes(1000)],
-        [bytes(20), {}, 0, 7],
+        [b"", 0, b"", b""],
+        [bytes(20), 0, b"", b""],
+        [bytes(16), 0, bytes(2000), b""],
+        [bytes(16), 0, b"", bytes(5000)],
+        [bytes(16), 0, b"", [b""]],
+        [bytes(16), 0, {}, 7],
         [[[[[]]]], 1, 2, 3],
         ["text"] * 5,
         [2**63] * 6,
@@ -94,7 +94,7 @@ def test_only_hubs_forward_and_only_hubs_invite() -> None:
         await life.ping(life.a, life.b, count=1)
         calls = len(life.heard(life.b, Called))
         meet = Meet(life.a.profile.member.certificate, Invitation((VICTIM,), bytes(64)))
-        forward = Forward(life.b.profile.member.peer_id, meet)
+        forward = Forward(life.b.overlay, meet)
         assert (await refused(life, life.a, life.hubs[0], FORWARD, forward.encode())).code == Refusal.FOREIGN
         await refused(life, life.a, life.b, MEET, meet.encode())
         await refused(life, life.a, life.b, FORWARD, forward.encode())
