@@ -24,9 +24,11 @@ from .forwarder import UserForwarder
 from .guard import Guard
 from .keylog import KeyLogFile
 from .netlink import Netlink
+from .portmap import PortMapper
 from .requests import Requests
 from .resolver import SystemResolver
 from .service import NetworkService, Problem
+from .settings import MachineSettings
 from .store import NetworkDirectory, StateLock, list_networks, state_root
 from .underlay import Underlay
 
@@ -34,7 +36,6 @@ log = logging.getLogger("p2pvpn")
 
 DEFAULT_PORT = 4500
 """UDP: IKE and ESP behind NATs (RFC 3948 section 4)."""
-MACHINE_FILE = "machine.json"
 REVIVE_FIRST_S, REVIVE_MAX_S = 1.0, 30.0
 """Pauses between attempts to start a plane that died."""
 EVENTS_PER_S = 50
@@ -88,6 +89,10 @@ class Daemon:
         forwarder = UserForwarder()
         await forwarder.start()
         stack.push_async_callback(forwarder.close)
+        settings = MachineSettings.load(state_root())
+        mapper = PortMapper(netlink) if settings.port_mapping else None
+        if mapper is not None:
+            stack.push_async_callback(mapper.close)
         key_log = KeyLogFile.from_environment()
         if key_log is not None:
             stack.callback(key_log.close)
@@ -101,7 +106,9 @@ class Daemon:
             wall=time.time,
             emit=self._on_event,
             key_log=key_log,
+            port_mapper=mapper,
         )
+        self.node.declare(settings.declared)
         await self.node.start()
         stack.push_async_callback(self.node.close)
         stack.push_async_callback(self._close_services)
@@ -121,10 +128,11 @@ class Daemon:
         return time.monotonic() - self._started
 
     async def reload(self) -> None:
-        """Memberships on disk changed: start new networks, stop those that were left, take in new grants.
+        """Memberships or settings on disk changed: start new networks, stop those that were left, take in new grants.
 
         What is in the way of one is in `problems` then.
         """
+        self.node.declare(MachineSettings.load(state_root()).declared)
         profiles = self._load_all()
         wanted = {profile.genesis.network_id.hex(): (directory, profile) for directory, profile in profiles.items()}
         for identifier in [known for known in self._services if known not in wanted]:

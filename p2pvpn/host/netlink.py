@@ -67,6 +67,14 @@ class LocalAddress:
     prefix_length: int
 
 
+@dataclass(frozen=True, slots=True)
+class Gateway:
+    """A router that a default route leads to; a link-local address carries its zone."""
+
+    host: str
+    interface: str
+
+
 class Netlink:
     """Requests and notifications. Make it with `open`, in the network namespace that it is about."""
 
@@ -119,6 +127,21 @@ class Netlink:
             if not ip.is_link_local:
                 found.add(LocalAddress(links[entry["index"]], str(ip), entry["prefixlen"]))
         return tuple(sorted(found))
+
+    async def gateways(self) -> tuple[Gateway, ...]:
+        """The routers of the main table's default routes, the preferred first."""
+        found: list[tuple[int, Gateway]] = []
+        async for entry in await self._requests.get_routes(table=_MAIN_TABLE):
+            target, device = entry.get("gateway"), entry.get("oif")
+            if entry["dst_len"] or target is None or device is None:
+                continue
+            name = await self._name(device)
+            if not name.startswith(DEVICE_PREFIX):
+                host = (
+                    f"{target}%{name}" if normal_ip(target).version == 6 and normal_ip(target).is_link_local else target
+                )
+                found.append((entry.get("priority") or 0, Gateway(host, name)))
+        return tuple(gateway for _, gateway in sorted(found, key=lambda item: item[0]))
 
     # ------------------------------------------------------------------ what changes
 

@@ -64,6 +64,7 @@ class Requests:
             "plane": daemon.plane_choice.plane,
             "plane_reason": daemon.plane_choice.reason,
             "up_s": round(daemon.up_s, 1),
+            "port_mapping": daemon.node.outside.status(),
             "networks": [network_status(network) for network in self._networks()],
             "problems": [*(problem.as_dict() for problem in daemon.problems), *self._clock_problems()],
         }

@@ -31,7 +31,7 @@ from p2pvpn.ike.outputs import (
     SaFailed,
     SaMoved,
 )
-from p2pvpn.punch.candidates import MAX_CANDIDATES, Candidate, priority
+from p2pvpn.punch.candidates import Candidate
 from p2pvpn.punch.limits import PunchLimits
 from p2pvpn.punch.mux import PunchMux
 from p2pvpn.punch.proof import Proofs
@@ -42,7 +42,8 @@ from .connect import Attempt
 from .events import EventSink
 from .ike_driver import IKE_PORT_WITHOUT_MARKER, IkeDriver
 from .network import Network
-from .ports import Forwarder, KeyLog, Plane, Resolver, StateStore, Underlay
+from .outside import Outside
+from .ports import Forwarder, KeyLog, Plane, PortMapper, Resolver, StateStore, Underlay
 from .pump import Pump
 from .relaying import RelayClientPump
 from .services import Services
@@ -76,6 +77,7 @@ class Node:
         emit: EventSink,
         tuning: Tuning | None = None,
         key_log: KeyLog | None = None,
+        port_mapper: PortMapper | None = None,
     ) -> None:
         tuning = tuning or Tuning()
         self._underlay = underlay
@@ -110,12 +112,16 @@ class Node:
         self._reflexive_pump = Pump(self._reflexive, underlay, self._on_reflexive)
         self._proofs = Proofs(entropy(PROOF_KEY_BYTES))
         self._reflector = Reflector(self._proofs)
+        self._port_mapper = port_mapper
+        self.outside = Outside(underlay, self._reflexive, port_mapper, self.services.punch_limits.refuses)
         self._settling: asyncio.TimerHandle | None = None
         self.services.suspect = self._look_outside
         underlay.on_datagram = self._on_datagram
         underlay.on_change = self.network_changed
         plane.on_trapped = self._on_trapped
         plane.on_moved = self._on_moved
+        if port_mapper is not None:
+            port_mapper.on_change = self._moved_soon
         if forwarder is not None:
             forwarder.on_unbound = self._on_unbound
 
@@ -125,6 +131,8 @@ class Node:
         """Begin to work; networks are added then."""
         self.services.tasks.start(self.services.ike.run(), "IKE")
         self.services.punch_limits.update_subnets(self._underlay.local_networks())
+        if self._port_mapper is not None:
+            self._port_mapper.start(self._underlay.port)
 
     async def add_network(self, profile: Profile, store: StateStore, backend: Backend | None = None) -> Network:
         """Bring a network up; it attaches to its hubs in the background. Raises LocalError when it cannot be opened."""
@@ -275,15 +283,16 @@ class Node:
         self._reflexive_pump.feed(self._reflexive.update(endpoints, self.services.now))
 
     def candidates(self) -> list[Candidate]:
-        """Ours, as of now: host addresses and what the hubs see; the best sixteen."""
-        hosts = [Candidate.host(endpoint) for endpoint in self._underlay.local_endpoints()]
-        found = {candidate.endpoint: candidate for candidate in [*self._reflexive.candidates(), *hosts]}
-        return sorted(found.values(), key=priority, reverse=True)[:MAX_CANDIDATES]
+        return self.outside.candidates()
 
     def public_endpoints(self) -> tuple[Endpoint, ...]:
-        """Host addresses at which the hubs see us: strangers can dial them, unless a firewall objects."""
-        seen = set(self._reflexive.seen_by().values())
-        return tuple(endpoint for endpoint in self._underlay.local_endpoints() if endpoint in seen)
+        return self.outside.published()
+
+    def declare(self, endpoints: tuple[Endpoint, ...]) -> None:
+        """The owner says that these addresses reach us."""
+        if endpoints != self.outside.declared:
+            self.outside.declared = endpoints
+            self._moved_soon()
 
     def _look_outside(self) -> None:
         """Ask the hubs at once where they see us."""
@@ -300,6 +309,8 @@ class Node:
         """An address, link or default route of the machine changed."""
         self.services.punch_limits.update_subnets(self._underlay.local_networks())
         self._reflexive.forget()
+        if self._port_mapper is not None:
+            self._port_mapper.network_changed()
         self._look_outside()
         self._moved_soon()
 

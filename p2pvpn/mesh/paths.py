@@ -22,7 +22,7 @@ from p2pvpn.core.output import Output
 from p2pvpn.identity.member import Member
 from p2pvpn.ike.notifies import Notify
 from p2pvpn.punch.agent import PunchAgent
-from p2pvpn.punch.candidates import Candidate, decode_candidates_untrusted
+from p2pvpn.punch.candidates import Candidate, CandidateKind, decode_candidates_untrusted
 from p2pvpn.punch.credentials import derive
 from p2pvpn.punch.events import PathLost, PathNominated, PunchFailed
 
@@ -52,7 +52,11 @@ after twice as long."""
 class PathKind(Enum):
     DIRECT = "direct"
     MAPPED = "mapped"
+    """Direct, by a port that a router forwards to one of the two."""
     RELAYED = "relayed"
+
+
+FORWARDED = (CandidateKind.MAPPED, CandidateKind.DECLARED)
 
 
 @dataclass(slots=True, eq=False)
@@ -130,7 +134,12 @@ class Paths:
         self._rescue: asyncio.Task[None] | None = None
 
     def kind(self, sa: LiveSa) -> PathKind:
-        return PathKind.RELAYED if sa.relayed else PathKind.DIRECT
+        if sa.relayed:
+            return PathKind.RELAYED
+        pairs = [pair for pair in sa.agent.report() if pair.path.remote == sa.path.remote] if sa.agent else []
+        used = next((pair for pair in pairs if pair.path == sa.path), pairs[0] if pairs else None)
+        forwarded = used is not None and (used.local_kind in FORWARDED or used.remote_kind in FORWARDED)
+        return PathKind.MAPPED if forwarded else PathKind.DIRECT
 
     def begun(self, sa: LiveSa, notifies: tuple[Notify, ...]) -> None:
         """A new SA: it has the relay that it began on at hand, and looks for a direct path with the candidates that
@@ -291,7 +300,7 @@ class Paths:
         sa.settled.set()
         self._owner.last_failure = f"move to {path.remote}: {reason}"
         works = sa.agent is not None and sa.agent.selected == sa.path
-        if sa is self._owner.current and not works and self.kind(sa) is PathKind.DIRECT:
+        if sa is self._owner.current and not works and self.kind(sa) is not PathKind.RELAYED:
             self.fall_back(reason)
 
     def reconcile(self, sa: LiveSa) -> None:

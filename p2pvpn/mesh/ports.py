@@ -13,6 +13,7 @@ from typing import Protocol
 
 from p2pvpn.core.address import Endpoint, IpAddress, IpNetwork, Path
 from p2pvpn.core.child import ChildSa
+from p2pvpn.punch.portmap.mapping import PortMapping
 
 
 class Underlay(Protocol):
@@ -132,6 +133,36 @@ class Forwarder(Protocol):
 
     def close_pair(self, port: int) -> None:
         """Close both ports of the pair that `port` belongs to."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PortMapStatus:
+    """One router: what it maps for us, or why nothing that peers can use."""
+
+    gateway: str
+    mapping: PortMapping | None
+    reason: str
+
+
+class PortMapper(Protocol):
+    """Asks routers to forward a port to us (PCP, NAT-PMP, UPnP), and keeps asking."""
+
+    on_change: Callable[[], None]
+    """Called when `mappings` are other than before."""
+
+    def start(self, port: int) -> None:
+        """Have UDP to our `port` mapped from now on; called once."""
+        ...
+
+    def mappings(self) -> Sequence[PortMapping]:
+        """What routers map for us now, by their word."""
+        ...
+
+    def status(self) -> Sequence[PortMapStatus]: ...
+
+    def network_changed(self) -> None:
+        """Addresses or routes of the machine are other than before."""
         ...
 
 

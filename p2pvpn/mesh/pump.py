@@ -6,9 +6,8 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from p2pvpn.core.address import Path
 from p2pvpn.core.output import Output, Transmit
-
-from .ports import Underlay
 
 
 class Machine(Protocol):
@@ -19,10 +18,16 @@ class Machine(Protocol):
     def next_deadline(self) -> float | None: ...
 
 
+class Sender(Protocol):
+    """Where a machine's packets go: the underlay, or a socket of its own."""
+
+    def send(self, path: Path, data: bytes) -> None: ...
+
+
 class Pump:
     """Drives one machine. `sink` gets every output that is not a Transmit, in its place in the order."""
 
-    def __init__(self, machine: Machine, underlay: Underlay, sink: Callable[[Output], None]) -> None:
+    def __init__(self, machine: Machine, underlay: Sender, sink: Callable[[Output], None]) -> None:
         self._machine = machine
         self._underlay = underlay
         self._sink = sink
