@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -19,15 +20,53 @@ PLANES = ("auto", "kernel", "user")
     "--port", type=click.IntRange(1, 65535), help="UDP port (default: 4500, or what the network says of a hub)."
 )
 @click.option("--plane", type=click.Choice(PLANES), help="What encrypts packets (default: the kernel where it can).")
+@click.option(
+    "--declare",
+    "declared",
+    multiple=True,
+    metavar="ADDR:PORT",
+    help="A public address that is forwarded to this machine, from now on; may be given again; 'none' for none.",
+)
+@click.option(
+    "--port-mapping/--no-port-mapping",
+    default=None,
+    help="Whether routers are asked to forward a port (PCP, NAT-PMP, UPnP), from now on.",
+)
 @click.option("--verbose", "-v", is_flag=True, help="Log every event to standard error (with --foreground).")
-def up(foreground: bool, port: int | None, plane: str | None, verbose: bool) -> None:
+def up(
+    foreground: bool,
+    port: int | None,
+    plane: str | None,
+    declared: tuple[str, ...],
+    port_mapping: bool | None,
+    verbose: bool,
+) -> None:
     """Bring this machine's networks up."""
+    changed = _save_settings(declared, port_mapping)
     if foreground:
         from p2pvpn.host import daemon
 
         daemon.run_foreground(port=port, plane=plane, verbose=verbose)
     else:
         click.echo(start_daemon(port, plane))
+        if changed:
+            run(ask_daemon("reload"))
+
+
+def _save_settings(texts: tuple[str, ...], port_mapping: bool | None) -> bool:
+    """Keep what is given; whether anything was. Raises LocalError."""
+    if not texts and port_mapping is None:
+        return False
+    from p2pvpn.host.settings import MachineSettings, declared
+    from p2pvpn.host.store import state_root
+
+    settings = MachineSettings.load(state_root())
+    if texts:
+        settings = replace(settings, declared=() if texts == ("none",) else declared(texts))
+    if port_mapping is not None:
+        settings = replace(settings, port_mapping=port_mapping)
+    settings.save(state_root())
+    return True
 
 
 def start_daemon(port: int | None = None, plane: str | None = None) -> str:

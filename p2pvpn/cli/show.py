@@ -21,6 +21,8 @@ def status(as_json: bool) -> None:
     click.echo(
         f"p2pvpn {answer['version']}, UDP port {answer['port']}, {answer['plane']} plane, up {answer['up_s']:.0f} s"
     )
+    for line in _port_mapping_lines(answer["port_mapping"]):
+        click.echo(line)
     for problem in answer["problems"]:
         click.echo(f"error: network {problem['network']}: {problem['message']}", err=True)
         click.echo(f"  {problem['hint']}", err=True)
@@ -33,6 +35,16 @@ def status(as_json: bool) -> None:
             "hubs", ("name", "state", "address"), [(h["name"], h["state"], h["remote"]) for h in network["hubs"]]
         )
         _peer_table(network["peers"])
+
+
+def _port_mapping_lines(port_mapping: dict[str, Any]) -> list[str]:
+    """What the owner declared and what routers do; nothing where there is nothing to say."""
+    lines = [f"declared: {endpoint}" for endpoint in port_mapping["declared"]]
+    for router in port_mapping["routers"]:
+        if router["external"] is not None:
+            note = "" if router["told"] else f" ({router['reason'] or 'not usable from outside'})"
+            lines.append(f"router {router['gateway']} maps {router['external']} by {router['protocol']}{note}")
+    return lines
 
 
 @click.command()

@@ -90,9 +90,8 @@ class Daemon:
         await forwarder.start()
         stack.push_async_callback(forwarder.close)
         settings = MachineSettings.load(state_root())
-        mapper = PortMapper(netlink) if settings.port_mapping else None
-        if mapper is not None:
-            stack.push_async_callback(mapper.close)
+        self._mapper = PortMapper(netlink, is_on=settings.port_mapping)
+        stack.push_async_callback(self._mapper.close)
         key_log = KeyLogFile.from_environment()
         if key_log is not None:
             stack.callback(key_log.close)
@@ -106,7 +105,7 @@ class Daemon:
             wall=time.time,
             emit=self._on_event,
             key_log=key_log,
-            port_mapper=mapper,
+            port_mapper=self._mapper,
         )
         self.node.declare(settings.declared)
         await self.node.start()
@@ -132,7 +131,10 @@ class Daemon:
 
         What is in the way of one is in `problems` then.
         """
-        self.node.declare(MachineSettings.load(state_root()).declared)
+        settings = MachineSettings.load(state_root())
+        self.node.declare(settings.declared)
+        if settings.port_mapping != self._mapper.is_on:
+            await self._mapper.turn(on=settings.port_mapping)
         profiles = self._load_all()
         wanted = {profile.genesis.network_id.hex(): (directory, profile) for directory, profile in profiles.items()}
         for identifier in [known for known in self._services if known not in wanted]:

@@ -68,7 +68,8 @@ class _Line:
 class PortMapper:
     """Implements `mesh.ports.PortMapper` by the routers that the kernel's default routes name."""
 
-    def __init__(self, netlink: Netlink, entropy: Entropy = os.urandom) -> None:
+    def __init__(self, netlink: Netlink, *, is_on: bool = True, entropy: Entropy = os.urandom) -> None:
+        self.is_on = is_on
         self.on_change: Callable[[], None] = _ignore_change
         self._netlink = netlink
         self._entropy = entropy
@@ -86,6 +87,15 @@ class PortMapper:
         self._listen()
         self.network_changed()
 
+    async def turn(self, *, on: bool) -> None:
+        """The owner lets us ask from now on, or does not: then mappings are given back."""
+        self.is_on = on
+        if on:
+            self.network_changed()
+        else:
+            await self._let_go()
+            self.on_change()
+
     def mappings(self) -> Sequence[PortMapping]:
         return [line.mapping for line in self._lines.values() if line.mapping is not None]
 
@@ -100,7 +110,7 @@ class PortMapper:
         ]
 
     def network_changed(self) -> None:
-        if not self._port:
+        if not self._port or not self.is_on:
             return
         if self._looking is not None:
             self._look_again = True
@@ -111,11 +121,14 @@ class PortMapper:
     async def close(self) -> None:
         """Give every mapping back, and stop."""
         self._port = 0
-        if self._looking is not None:
-            self._looking.cancel()
         for sock in self._announcements:
             asyncio.get_running_loop().remove_reader(sock)
             sock.close()
+        await self._let_go()
+
+    async def _let_go(self) -> None:
+        if self._looking is not None:
+            self._looking.cancel()
         lines, self._lines = list(self._lines.values()), {}
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(GOODBYE_S):

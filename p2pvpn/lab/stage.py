@@ -23,6 +23,7 @@ from typing import Any
 
 from p2pvpn.core.errors import LocalError
 from p2pvpn.host.control import ControlClient, control_path
+from p2pvpn.host.settings import MachineSettings
 
 from . import nat
 from .nat import NatKind
@@ -111,6 +112,7 @@ class Stage:
             node.environment["P2PVPN_PLANE"] = self._plane
         for directory in ("state", "run"):
             (home / directory).mkdir(parents=True, mode=0o700)
+        MachineSettings(port_mapping=False).save(home / "state")  # These routers map no ports; nobody asks them.
         return node
 
     # The commands.

@@ -68,7 +68,7 @@ class Outside:
         """For the control socket."""
         routers = self._mapper.status() if self._mapper is not None else ()
         return {
-            "enabled": self._mapper is not None,
+            "enabled": self._mapper is not None and self._mapper.is_on,
             "declared": [str(endpoint) for endpoint in self.declared],
             "routers": [
                 {

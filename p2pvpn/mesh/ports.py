@@ -151,6 +151,11 @@ class PortMapper(Protocol):
     on_change: Callable[[], None]
     """Called when `mappings` are other than before."""
 
+    @property
+    def is_on(self) -> bool:
+        """Whether the owner lets us ask."""
+        ...
+
     def start(self, port: int) -> None:
         """Have UDP to our `port` mapped from now on; called once."""
         ...
