@@ -7,7 +7,7 @@
 `SimHost` owns the ports of `mesh.ports`: `underlay`, `plane`, `forwarder`, `store`. What runs on the host is known by
 its context: `spawn` starts it, and every task and timer that comes of it belongs to the host. `crash()` takes all
 sockets away without a word and ends those tasks and timers; `restart()` gives new ports, with the store as it was
-unless lost.
+unless lost. `suspend()` stops everything as it is, and `resume()` goes on with it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from p2pvpn.core.errors import LocalError
 
 from .forwarder import SimForwarder
 from .internet import LAN, Datagram, Fate, Interface, Internet, Quality, Segment
-from .loop import SeededEntropy, SimWallClock
+from .loop import HostClock, SeededEntropy, SimWallClock, host_clock
 from .overlay import OverlayStack
 from .plane import SimPlane
 from .sockets import SimTransport, SocketTable
@@ -143,8 +143,13 @@ class SimHost:
         self.interfaces: list[Interface] = []
         self.counts: Counter[str] = Counter()
         self.is_running = True
+        self.clock = HostClock()
         self.context = contextvars.Context()
         self.context.run(current_host.set, self)
+        self.context.run(host_clock.set, self.clock)
+        self._frozen: list[asyncio.Handle] | None = None
+        self._suspended_at = 0.0
+        self._changed_asleep = False
         self._ports = (port, *extra_ports)
         self._tasks: dict[asyncio.Task[Any], None] = {}  # ordered, so that runs repeat
         self.loop.set_task_factory(_host_task)  # type: ignore[arg-type]  # ours is narrower than the stub
@@ -194,7 +199,9 @@ class SimHost:
 
     def changed(self) -> None:
         """Tell the underlay that links or addresses are other than before, as netlink does."""
-        if self.is_running:
+        if self.is_suspended:
+            self._changed_asleep = True
+        elif self.is_running:
             self.loop.call_soon(self.underlay.change, context=self.context)
 
     # ------------------------------------------------------------------ datagrams
@@ -230,12 +237,12 @@ class SimHost:
 
     def receive(self, interface: Interface, datagram: Datagram) -> None:
         """A datagram from a segment, in this host's context."""
-        if not self.is_running:
+        if not self.is_running or self.is_suspended:
             return
         receiver = self.sockets.find(datagram.destination)
         if receiver is None:
             self.counts["no socket"] += 1
-            self.internet.note(self.loop.time(), self.name, self.name, datagram, Fate.NOBODY)
+            self.internet.note(self.loop.instant, self.name, self.name, datagram, Fate.NOBODY)
         else:
             receiver(datagram.destination, datagram.source, datagram.data)
 
@@ -284,6 +291,8 @@ class SimHost:
         """Power off: sockets, SAs and tasks are gone, and nobody is told."""
         if not self.is_running:
             return
+        if self.is_suspended:
+            self.resume()
         self.is_running = False
         self.underlay.close()
         self.plane.close()
@@ -300,6 +309,29 @@ class SimHost:
             raise LocalError(f"{self.name} is running")
         self.is_running = True
         self._boot(self.store)
+
+    @property
+    def is_suspended(self) -> bool:
+        return self._frozen is not None
+
+    def suspend(self) -> None:
+        """Stop in the middle of everything; call it from outside of the host. What comes in meanwhile is lost."""
+        if not self.is_running or self.is_suspended:
+            raise LocalError(f"{self.name} is not awake")
+        self._frozen = self.loop.freeze(lambda context: context.get(current_host) is self)
+        self._suspended_at = self.loop.instant
+
+    def resume(self, *, clock_ran: bool = False) -> None:
+        """Go on. The monotonic clock stood still, as in a laptop that slept, or ran on, as for a process that was
+        stopped: then every timer that came due goes off now.
+        """
+        frozen, self._frozen = self._frozen, None
+        if frozen is None:
+            raise LocalError(f"{self.name} is awake")
+        self.loop.thaw(frozen, self.clock, 0.0 if clock_ran else self.loop.instant - self._suspended_at)
+        if self._changed_asleep:
+            self._changed_asleep = False
+            self.changed()
 
 
 def _host_task(

@@ -225,7 +225,7 @@ class Segment:
 
     def carry(self, sender: Interface, datagram: Datagram) -> None:
         internet = self.internet
-        now = internet.loop.time()
+        now = internet.loop.instant
         receiver = self.next_hop(datagram.destination.host)
         if receiver is None or receiver is sender:
             internet.note(now, sender.node.name, self.name, datagram, Fate.NO_ROUTE)
@@ -268,7 +268,7 @@ class Segment:
             for tap in internet.taps:
                 tap(crossing)
         internet.fates[Fate.DELIVERED] += 1
-        internet.loop.call_at(arrives_at, receiver.deliver, datagram, context=receiver.node.context)
+        internet.loop.call_at_instant(arrives_at, receiver.deliver, datagram, context=receiver.node.context)
 
 
 class Internet:

@@ -7,16 +7,20 @@ network that was given to the loop, so library code that opens sockets needs no 
 the real world fails loudly, because its timing would not repeat.
 
 When no timer is left and no task can run, everybody waits for nothing: `run` says so, and names who waits where.
+
+A context may have a `HostClock` of its own, which stands still while the machine sleeps, as CLOCK_MONOTONIC does. The
+code of that machine sees its own time; `instant` and `call_at_instant` are the world's.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
+import heapq
 import math
 import random
 import selectors
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from contextlib import suppress
 from typing import Any, NoReturn, Protocol, TypeVar
 
@@ -58,6 +62,18 @@ class UdpNetwork(Protocol):
         ...
 
 
+class HostClock:
+    """A machine's monotonic clock: the world's time without the `slept_s` seconds in which it stood still."""
+
+    __slots__ = ("slept_s",)
+
+    def __init__(self) -> None:
+        self.slept_s = 0.0
+
+
+host_clock: contextvars.ContextVar[HostClock | None] = contextvars.ContextVar("host_clock", default=None)
+
+
 class _JumpingSelector(selectors.BaseSelector):
     """Waits by moving the loop's clock."""
 
@@ -97,14 +113,38 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         self._now = START_S
         self._limit_at = math.inf
         self._turns = 0
+        self._has_sleepers = False
         self.network: UdpNetwork | None = None
         self.problems: list[str] = []
         super().__init__(_JumpingSelector(self._advance))
         self.set_exception_handler(self._note_problem)
 
     def time(self) -> float:
-        """Virtual monotonic seconds."""
+        """Virtual monotonic seconds, as the machine sees them whose code is running."""
+        return self._now - self._slept_s(None) if self._has_sleepers else self._now
+
+    def call_at(  # type: ignore[override]
+        self, when: float, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
+    ) -> asyncio.TimerHandle:
+        """`when` is in the time of the machine whose context it is."""
+        if self._has_sleepers:
+            when += self._slept_s(context)
+        return super().call_at(when, callback, *args, context=context)
+
+    @property
+    def instant(self) -> float:
+        """The world's time, whoever asks."""
         return self._now
+
+    def call_at_instant(
+        self, when: float, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
+    ) -> asyncio.TimerHandle:
+        """`when` is in the world's time."""
+        return super().call_at(when, callback, *args, context=context)
+
+    def _slept_s(self, context: contextvars.Context | None) -> float:
+        clock = host_clock.get() if context is None else context.get(host_clock)
+        return 0.0 if clock is None else clock.slept_s
 
     @property
     def elapsed(self) -> float:
@@ -135,6 +175,33 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         for handle in list(self._scheduled):  # type: ignore[attr-defined]
             if belongs(handle._context):
                 handle.cancel()
+
+    def freeze(self, belongs: Callable[[contextvars.Context], bool]) -> list[asyncio.Handle]:
+        """Take away everything that is due, now or later, in a context for which `belongs` is true; for `thaw`."""
+        ready, scheduled = self._ready, self._scheduled  # type: ignore[attr-defined]
+        frozen = [handle for handle in (*ready, *scheduled) if belongs(handle._context)]
+        gone = set(map(id, frozen))
+        kept = [handle for handle in ready if id(handle) not in gone]
+        ready.clear()
+        ready.extend(kept)
+        scheduled[:] = [handle for handle in scheduled if id(handle) not in gone]
+        heapq.heapify(scheduled)
+        for handle in frozen:
+            if isinstance(handle, asyncio.TimerHandle):
+                handle._scheduled = False  # type: ignore[attr-defined]
+        return frozen
+
+    def thaw(self, frozen: Iterable[asyncio.Handle], clock: HostClock, slept_s: float) -> None:
+        """Go on. The clock stood still for `slept_s`; what is due by it runs at once, the earliest first."""
+        clock.slept_s += slept_s
+        self._has_sleepers = self._has_sleepers or clock.slept_s > 0.0
+        for handle in frozen:
+            if not isinstance(handle, asyncio.TimerHandle):
+                self._ready.append(handle)  # type: ignore[attr-defined]
+            elif not handle.cancelled():
+                handle._when += slept_s  # type: ignore[attr-defined]
+                handle._scheduled = True  # type: ignore[attr-defined]
+                heapq.heappush(self._scheduled, handle)  # type: ignore[attr-defined]
 
     def close(self) -> None:
         """Cancel every task, let each say its last words, and close the loop."""

@@ -60,7 +60,7 @@ class Router:
 
     def _receive_inside(self, datagram: Datagram) -> None:
         source, destination, data = datagram
-        now = self._internet.loop.time()
+        now = self._internet.loop.instant
         if destination.is_ipv6 or self.nat is None:
             if destination.is_ipv6 and self.firewall is not None:
                 self.firewall.pass_out(source, destination, now)
@@ -80,7 +80,7 @@ class Router:
 
     def _receive_outside(self, datagram: Datagram) -> None:
         source, destination, data = datagram
-        now = self._internet.loop.time()
+        now = self._internet.loop.instant
         if destination.is_ipv6 or self.nat is None:
             if destination.is_ipv6 and self.firewall is not None and not self.firewall.admits(source, destination, now):
                 self._filter(datagram)
@@ -94,7 +94,7 @@ class Router:
             self.inside.send(Datagram(source, inside, data))
 
     def _filter(self, datagram: Datagram) -> None:
-        self._internet.note(self._internet.loop.time(), self.name, self.name, datagram, Fate.FILTERED)
+        self._internet.note(self._internet.loop.instant, self.name, self.name, datagram, Fate.FILTERED)
 
     def flush(self) -> None:
         """Forget all mappings and permits, as a power cut does."""

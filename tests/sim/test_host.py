@@ -443,10 +443,10 @@ def test_a_thousand_packets_cost_well_under_a_second(net, pair):
     async def story():
         return await Flow(*pair, count=1000, rate=1000).done()
 
-    before = time.perf_counter()
+    before = time.process_time()
     report = net.loop.run(story())
     assert report.lost == []
-    assert time.perf_counter() - before < 1
+    assert time.process_time() - before < 1
 
 
 @pytest.mark.parametrize(("source", "destination"), [("fd00::1", "fd00::2"), ("10.0.0.1", "10.0.0.2")])
@@ -465,3 +465,59 @@ def test_packets_survive_fragments_in_any_order_and_no_bit_error(source, destina
     spoiled = inner._replace(payload=inner.payload[:-1] + bytes([inner.payload[-1] ^ 1]))
     with pytest.raises(WireError):
         ip.udp_untrusted(spoiled)
+
+
+@pytest.mark.parametrize("clock_ran", [False, True])
+def test_a_suspended_host_is_silent_and_goes_on_where_it_stopped(net, pair, clock_ran):
+    host, ticks = pair[0], []
+
+    async def tick():
+        loop = asyncio.get_running_loop()
+        for _ in range(100):
+            await asyncio.sleep(1.0)
+            ticks.append((net.loop.instant, loop.time()))
+
+    async def story():
+        began = net.loop.instant
+        host.spawn(tick())
+        await asyncio.sleep(3.5)
+        host.suspend()
+        assert (await ping(pair[1], A)).lost == [0]
+        await asyncio.sleep(3600.0 - (net.loop.instant - began - 3.5))
+        assert len(ticks) == 3
+        host.resume(clock_ran=clock_ran)
+        await asyncio.sleep(2.2)
+        world, own = zip(*[(world - began, own - began) for world, own in ticks], strict=True)
+        if clock_ran:
+            assert own == world == pytest.approx((1, 2, 3, 3603.5, 3604.5, 3605.5))
+        else:
+            assert world == pytest.approx((1, 2, 3, 3604, 3605))
+            assert own == pytest.approx((1, 2, 3, 4, 5))
+        assert (await ping(pair[1], A)).lost == []
+        assert (await ping(host, B)).lost == []
+
+    net.loop.run(story(), 7200)
+
+
+def test_a_suspended_host_hears_of_a_new_network_when_it_wakes_and_can_crash_asleep(net, pair):
+    host, changes = pair[0], []
+    host.underlay.on_change = lambda: changes.append(net.loop.elapsed)
+
+    async def story():
+        host.suspend()
+        host.move(net.public, "192.0.2.99")
+        await asyncio.sleep(10)
+        assert changes == []
+        host.resume()
+        await asyncio.sleep(1)
+        assert changes == [pytest.approx(10, abs=0.1)]
+        host.suspend()
+        with pytest.raises(LocalError):
+            host.suspend()
+        host.crash()
+        with pytest.raises(LocalError):
+            host.resume()
+        host.restart()
+        assert not host.is_suspended
+
+    net.loop.run(story())
