@@ -48,11 +48,14 @@ class Trace:
 
     def __init__(self, loop: VirtualLoop) -> None:
         self.events: list[TraceEvent] = []
+        self.is_kept = True
+        """Whether events are collected now."""
         self._loop = loop
 
     def note(self, host: str, kind: str, text: str = "") -> None:
         """Something happened on a host now."""
-        self.events.append(TraceEvent(self._loop.elapsed, host, kind, text))
+        if self.is_kept:
+            self.events.append(TraceEvent(self._loop.elapsed, host, kind, text))
 
     def watch(self, internet: Internet, wanted: Callable[[Crossing], bool] | None = None) -> Callable[[], None]:
         """Record datagrams from now on; the answer ends it."""

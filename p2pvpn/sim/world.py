@@ -115,6 +115,11 @@ class Machine:
     def is_hub(self) -> bool:
         return self.profile.member.is_hub
 
+    @property
+    def edge(self) -> str:
+        """The node on the public Internet that its packets come from."""
+        return self.name if self.home is None else self.home.edge
+
     def side(self) -> Side:
         """Where the machine is, for the oracle."""
         hosts = [host for interface in self.host.interfaces for host in interface.hosts]
@@ -212,6 +217,10 @@ class World:
         home = self.homes[name] = Home(name, segment, router, behind, iter(range(2, 1 << 16)))
         return home
 
+    def renumber(self, home: Home) -> None:
+        """The provider gives the line of a home another public address."""
+        home.router.renumber(next(self._lines))
+
     def move(self, machine: Machine, to: Home | None) -> None:
         """Carry a machine to another home, or to the public Internet: it leaves the old network at once."""
         if to is None:
@@ -222,7 +231,7 @@ class World:
 
     def cut(self, some: Iterable[Machine], others: Iterable[Machine]) -> None:
         """Partition: nothing passes the public Internet between the two groups, until `internet.heal()`."""
-        self.internet.cut(map(_edge, some), map(_edge, others))
+        self.internet.cut((one.edge for one in some), (other.edge for other in others))
 
     # ------------------------------------------------------------------ machines
 
@@ -330,7 +339,7 @@ class World:
         return renew
 
     def _connects(self, machine: Machine, hub: Machine) -> bool:
-        cut = frozenset((_edge(machine), _edge(hub))) in self.internet.cuts
+        cut = frozenset((machine.edge, hub.edge)) in self.internet.cuts
         return machine.host.is_running and hub.host.is_running and not cut
 
     # ------------------------------------------------------------------ running
@@ -379,10 +388,6 @@ def _seeded_admin(name: str, seed: int, wall: float) -> AdminNetwork:
     genesis = Genesis.create(name, root, recovery.public_key, wall=wall, entropy=entropy)
     document = NetworkDocument(genesis.network_id, 1, int(wall)).sign(root)
     return AdminNetwork(genesis, document, root, entropy, recovery_key=recovery)
-
-
-def _edge(machine: Machine) -> str:
-    return machine.name if machine.home is None else machine.home.edge
 
 
 def _addresses(*prefixes: str) -> Iterator[str]:
