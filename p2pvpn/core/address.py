@@ -11,6 +11,10 @@ IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 IpNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
+STREAM_NETWORK = ipaddress.IPv4Network("127.64.0.0/10")
+"""Loopback addresses that stand for streams: what carries datagrams over TCP has an endpoint here, and nothing else."""
+
+
 def normal_ip(host: str) -> IpAddress:
     """Parse an address; IPv4-mapped IPv6 becomes IPv4 and a zone is dropped. Raises ValueError."""
     address = ipaddress.ip_address(host.partition("%")[0])
@@ -62,6 +66,11 @@ class Endpoint(NamedTuple):
     @property
     def is_unspecified(self) -> bool:
         return self.host in ("0.0.0.0", "::")  # noqa: S104 (compared, not bound)
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether a stream over TCP stands behind it, on this machine."""
+        return self.host.startswith("127.") and self.ip in STREAM_NETWORK
 
     def packed(self) -> bytes:
         """4 or 16 address bytes, then 2 port bytes."""

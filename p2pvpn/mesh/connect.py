@@ -1,6 +1,6 @@
 """How a connection begins, from the wish to the SA: dial, or call with IKE inside.
 
-a hub                        dial its address from the network document
+a hub                        dial it (`hub_dial`)
 a peer whose locator we have
 and says a public endpoint   dial that; silence for a second means: go on
 any other peer               call it through a hub, with IKE_SA_INIT inside; go on with IKE over the relay that the
@@ -95,6 +95,18 @@ class Finder(Protocol):
         """Where the peer answers strangers, as far as we know without asking."""
         ...
 
+    async def dial_hub(self, attempt: Attempt, located: Located) -> None:
+        """Bring an SA with a hub up, over UDP or TCP. Raises ConnectError."""
+        ...
+
+    async def line_to(self, overlay: IPv6Address) -> Path:
+        """A stream to a hub, as a path. Raises ConnectError."""
+        ...
+
+    def tidy_lines(self, overlay: IPv6Address) -> None:
+        """Give up the streams to a hub that no SA is on."""
+        ...
+
     async def call(self, attempt: Attempt, tried: Sequence[str]) -> tuple[RelayPath, bytes]:
         """Begin IKE and call the peer with its first message: a relay that we bind to, with the peer invited to the
         other side, and the peer's answer if it gave one in time. Hubs at addresses that were `tried` are asked last.
@@ -122,7 +134,7 @@ async def connect(finder: Finder, services: Services, attempt: Attempt, relay: R
     if relay is not None:
         await _dial_over(finder, services, attempt, relay)
     elif finder.is_hub(attempt.overlay):
-        await _dial_all(finder, services, attempt, await finder.locate(attempt.overlay))
+        await finder.dial_hub(attempt, await finder.locate(attempt.overlay))
     else:
         await _reach(finder, services, attempt)
 
@@ -159,23 +171,20 @@ async def _dial_by_call(finder: Finder, services: Services, attempt: Attempt) ->
             await _go_on_over(services, attempt, relay, answer)
             return
         except ConnectError:
-            tried.append(relay.endpoint.host)
+            tried.append(relay.host)
             attempt.begin_again(services)
             if len(tried) >= MAX_CALLS and not finder.is_connected(attempt.overlay):
                 raise
 
 
 async def _dial_all(finder: Finder, services: Services, attempt: Attempt, located: Located) -> bool:
-    """Dial the endpoints one after another; whether one answered. Raises ConnectError when no hub's does."""
-    tuning = services.tuning
+    """Dial the endpoints of a peer one after another; whether one answered."""
     for endpoint in located.endpoints:
         attempt.path = any_local(endpoint, services.underlay.port)
         try:
-            await finder.dial(attempt, tuning.hub_dial_timeout_s if located.is_hub else tuning.direct_dial_timeout_s)
+            await finder.dial(attempt, services.tuning.direct_dial_timeout_s)
             return True
         except ConnectError:
-            if located.is_hub and endpoint == located.endpoints[-1]:
-                raise
             attempt.begin_again(services)
     return finder.is_connected(attempt.overlay)
 

@@ -81,6 +81,29 @@ class HubDetached(MeshEvent):
 
 
 @dataclass(frozen=True, slots=True)
+class UdpBlocked(MeshEvent):
+    """A hub is silent over UDP and reached over TCP."""
+
+    hub: str
+
+
+@dataclass(frozen=True, slots=True)
+class UdpWorks(MeshEvent):
+    """A hub that was reached over TCP answers over UDP, and its tunnel is there again."""
+
+    hub: str
+
+
+@dataclass(frozen=True, slots=True)
+class Intercepted(MeshEvent):
+    """Neither UDP nor TCP reaches a hub as it is; `portal` says that somebody has to log in, `answer` who answered."""
+
+    hub: str
+    portal: bool
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
 class Called(MeshEvent):
     """A peer asks us, through a hub, to meet it at a relay."""
 

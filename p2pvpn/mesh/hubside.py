@@ -137,11 +137,16 @@ class HubSide:
         match output:
             case Bind(port, source):
                 self._forwarder.bind(port, source)
+                self._services.lines.vouch(source)
             case Answer(port, to, data) | Forward(port, to, data):
                 self._forwarder.answer(port, to, data)
             case ClosePair(port):
                 self._forwarder.close_pair(port)
                 self._ports.discard(port)
+
+    def has_port(self, port: int) -> bool:
+        """Whether it is a relay port of ours."""
+        return port in self._ports
 
     def peer_at(self, peer_id: PeerId, address: IpAddress | None) -> None:
         """A peer's tunnel to us came up, moved or ended."""
@@ -157,7 +162,7 @@ class HubSide:
         target, hubs = await self._whereabouts(sender, call.target)
         self._judge(caller, target)
         relays, side_a, side_b = await self._allocate(caller, target)
-        invitation = Invitation(relays(side_b[0]), side_b[1], self._registry.outer_address(sender))
+        invitation = Invitation(relays(side_b[0]), side_b[1], _outside(self._registry.outer_address(sender)))
         meet = Meet(call.certificate, invitation, call.resume, call.ike)
         if hubs:
             told = await self._forward(call.target, hubs, meet)
@@ -222,7 +227,7 @@ class HubSide:
         if meet.ike:
             await asyncio.wait((telling,), timeout=ANSWER_WAIT_S)
         ike = telling.result() if telling.done() and not telling.cancelled() else b""
-        return Told(self._registry.outer_address(target), ike)
+        return Told(_outside(self._registry.outer_address(target)), ike)
 
     async def _invite(self, target: IPv6Address, meet: Meet) -> bytes:
         timeout_s = self._services.tuning.call_timeout_s
@@ -286,3 +291,8 @@ class HubSide:
             return self._registry.standing.verify(certificate)
         except TrustError as problem:
             raise RpcRefusedError(Refusal.UNTRUSTED, str(problem)) from None
+
+
+def _outside(seen_at: IpAddress | None) -> IpAddress | None:
+    """What another machine may be told of where a peer is: an address of the Internet, not that of a stream."""
+    return None if seen_at is None or seen_at.is_loopback else seen_at

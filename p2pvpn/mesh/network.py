@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from ipaddress import IPv6Address
 from typing import Protocol
 
-from p2pvpn.core.address import Endpoint, IpAddress
+from p2pvpn.core.address import Endpoint, IpAddress, Path
 from p2pvpn.core.errors import LocalError
 from p2pvpn.core.output import Output
 from p2pvpn.core.selector import Selector
@@ -31,7 +31,9 @@ from .attach import Attachments
 from .connect import Attempt, ConnectError, Located
 from .directory import Directory
 from .events import DocumentReplaced, HubAttached, HubDetached, MeshEvent
+from .fallback import Fallback
 from .gossip import DocumentGossip
+from .hub_dial import dial_hub
 from .hubside import HubSide
 from .ike_driver import carried_path
 from .notices import CANDIDATES, DocumentVersion, document_version
@@ -88,8 +90,17 @@ class Network:
         wanted = None if self.me.is_hub else services.tuning.hubs_wanted
         self.attachments = Attachments(services, self.me.overlay, wanted, self.session)
         self.gossip = DocumentGossip(self.rpc, standing.encoded_document, self._adopt)
+        self.fallback = Fallback(
+            services=services,
+            standing=standing,
+            resolver=resolver,
+            attachments=self.attachments,
+            sessions=self.sessions,
+            emit=self.emit,
+        )
         self.rendezvous = Rendezvous(
             services=services,
+            fallback=self.fallback,
             standing=standing,
             rpc=self.rpc,
             attachments=self.attachments,
@@ -287,6 +298,15 @@ class Network:
             raise ConnectError("locate", f"no address of hub {hub.name} can be resolved")
         return Located(tuple(endpoints), is_hub=True)
 
+    async def dial_hub(self, attempt: Attempt, located: Located) -> None:
+        await dial_hub(self, self._services, attempt, located.endpoints)
+
+    async def line_to(self, overlay: IPv6Address) -> Path:
+        return await self.fallback.line_to(overlay)
+
+    def tidy_lines(self, overlay: IPv6Address) -> None:
+        self.fallback.tidy(overlay)
+
     def is_connected(self, overlay: IPv6Address) -> bool:
         session = self.sessions.get(overlay)
         return session is not None and session.connected
@@ -301,7 +321,8 @@ class Network:
         return await self.rendezvous.relay_to(attempt.overlay, tried, ike=ike)
 
     async def relay_anew(self, overlay: IPv6Address, dead: Endpoint) -> RelayPath:
-        relay, _ = await self.rendezvous.relay_to(overlay, [dead.host], resume=True)
+        host = self._services.lines.udp_of(dead).host
+        relay, _ = await self.rendezvous.relay_to(overlay, [host], resume=True)
         return relay
 
     async def _begin(self, attempt: Attempt) -> bytes:
@@ -382,7 +403,8 @@ class Network:
                 if self.attachments.attached(hub.overlay):
                     if self.hub is not None:
                         self.hub.node.nudge(hub.overlay)
-                    self.emit(HubAttached(self.label, hub.name, str(session.current.path.remote)))
+                    remote = self._services.lines.show(session.current.path.remote)
+                    self.emit(HubAttached(self.label, hub.name, remote))
             else:
                 self.attachments.lost(hub.overlay)
                 self.emit(HubDetached(self.label, hub.name, reason))
@@ -390,6 +412,7 @@ class Network:
         self._tell_relay(session)
 
     def _tell_relay(self, session: Session) -> None:
+        self.fallback.changed(session)
         if self.hub is not None and session.member is not None:
             self.hub.peer_at(session.member.peer_id, self.outer_address(session.overlay))
 
@@ -409,6 +432,7 @@ class Network:
     def network_changed(self) -> None:
         """An address, a route or our NAT changed: tell hubs and peers, look for better paths."""
         self.attachments.wake()
+        self.fallback.network_changed()
         for session in list(self.sessions.values()):
             session.network_changed()
         self._tell_everybody((self._candidates_notify(),), punching_only=True)
@@ -417,7 +441,8 @@ class Network:
     def hub_endpoints(self) -> Sequence[Endpoint]:
         """Where hubs answer STUN: those we are attached to, at the address that we use."""
         sessions = (self.sessions.get(hub.overlay) for hub in self.attachments.connected())
-        return [s.current.path.remote for s in sessions if s is not None and s.current is not None]
+        lines = self._services.lines
+        return [lines.udp_of(s.current.path.remote) for s in sessions if s is not None and s.current is not None]
 
     def doubt_hub(self, at: Endpoint) -> None:
         """The hub there may be gone, or may not know us any more: verify the tunnel to it."""

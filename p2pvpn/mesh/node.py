@@ -41,9 +41,10 @@ from p2pvpn.punch.reflexive import STUN_PORTS, HubDoubted, ReflexiveLearned, Ref
 from .connect import Attempt
 from .events import EventSink
 from .ike_driver import IKE_PORT_WITHOUT_MARKER, IkeDriver
+from .lines import Lines
 from .network import Network
 from .outside import Outside
-from .ports import Forwarder, KeyLog, Plane, PortMapper, Resolver, StateStore, Underlay
+from .ports import Forwarder, KeyLog, Plane, PortMapper, Resolver, StateStore, Streams, Underlay
 from .pump import Pump
 from .relaying import RelayClientPump
 from .services import Services
@@ -71,6 +72,7 @@ class Node:
         underlay: Underlay,
         plane: Plane,
         forwarder: Forwarder | None,
+        streams: Streams | None = None,
         resolver: Resolver,
         entropy: Entropy,
         wall: WallClock,
@@ -93,6 +95,9 @@ class Node:
         children = count(1)
         settings = IkeSettings(liveness_s=tuning.liveness_s, move_tries=MOVE_TRIES)
         endpoint = IkeEndpoint(settings, entropy, lambda: next(children), self._allocate_spi)
+        lines = Lines(streams, tuning.stream_linger_s)
+        if streams is not None:
+            streams.may_reach = self._may_reach
         self.services = Services(
             underlay=underlay,
             plane=plane,
@@ -103,7 +108,10 @@ class Node:
             ike=IkeDriver(endpoint, underlay, plane, self._on_ike),
             punch=PunchMux(),
             punch_limits=PunchLimits(),
-            relays=RelayClientPump(underlay, entropy, tuning.relay_bind_timeout_s, tuning.relay_confirm_timeout_s),
+            relays=RelayClientPump(
+                underlay, entropy, lines, tuning.relay_bind_timeout_s, tuning.relay_confirm_timeout_s
+            ),
+            lines=lines,
             tuning=tuning,
         )
         self.networks: dict[str, Network] = {}
@@ -168,6 +176,7 @@ class Node:
             self._settling.cancel()
         self._reflexive_pump.close()
         self.services.relays.close()
+        self.services.lines.close()
         await self.services.tasks.close()
 
     async def plane_died(self) -> None:
@@ -224,6 +233,8 @@ class Node:
         outputs = self._reflexive.handle(path, data, now)
         if outputs is not None:
             self._reflexive_pump.feed(outputs)
+            for network in self.networks.values():
+                network.fallback.heard(path.remote)
             return
         if any(network.hub is not None for network in self.networks.values()):
             answer = self._reflector.handle(path, data, now)
@@ -241,6 +252,11 @@ class Node:
         tell us.
         """
         self._look_outside()
+
+    def _may_reach(self, port: int) -> bool:
+        """What strangers may have a stream to: as a hub, IKE and the relay ports."""
+        hubs = [network.hub for network in self.networks.values() if network.hub is not None]
+        return bool(hubs) if port == 0 else any(hub.has_port(port) for hub in hubs)
 
     def _on_unbound(self, port: int, source: Endpoint, data: bytes) -> None:
         for network in self.networks.values():

@@ -27,7 +27,7 @@ from p2pvpn.punch.credentials import derive
 from p2pvpn.punch.events import PathLost, PathNominated, PunchFailed
 
 from .backoff import Backoff
-from .connect import Finder
+from .connect import ConnectError, Finder
 from .events import MeshEvent, PathChanged, Refused
 from .notices import CANDIDATES, MOVE_WANTED, find
 from .pump import Pump
@@ -40,6 +40,8 @@ GIVE_UP_MOVES = 2
 """Fresh relays, agreed on with the peer a moment ago, over which an SA may not answer before it counts as lost."""
 RETRY_MAX_S = 4.0
 """Between calls for a fresh relay."""
+MOVE_S = 6.0
+"""How long a move may take until it has failed."""
 CHANCE_S = 0.5
 """Whoever may not move an SA waits so long for the one who may."""
 
@@ -152,11 +154,12 @@ class Paths:
         """The SA is on its path now; whether that is a relay that it did not have at hand."""
         relay = self.relays.get(sa.path.remote)
         sa.relayed = relay is not None
-        if relay is None or relay is sa.relay:
+        if relay is None:
             return False
+        is_new = relay is not sa.relay
         relay.claimed = True
         sa.relay = relay
-        return True
+        return is_new
 
     def rtt_s(self, sa: LiveSa) -> float | None:
         """Round trip of the path in use, as last measured; seconds. Over a relay it is not known to the peer's end."""
@@ -249,6 +252,8 @@ class Paths:
                 sa.pump.feed(sa.agent.update_local(candidates, self._services.now))
             elif sa.initiator:
                 self._services.ike.move(sa.id, sa.path)
+                if self._owner.with_hub:
+                    self.suspect()
 
     def _candidates_of(self, notifies: tuple[Notify, ...]) -> tuple[Candidate, ...]:
         data = find(notifies, CANDIDATES)
@@ -333,6 +338,8 @@ class Paths:
             sa.relay.rebind()  # It carries the traffic, or is known to work when it is needed.
             if sa.path.remote == sa.relay.endpoint:
                 self._begin(self._doubt(sa, sa.relay), "doubt the relay")
+        elif self._owner.with_hub and sa.initiator and not self._context.me.is_hub:
+            self._begin(self._doubt_hub(sa), "doubt the way to")
         if sa.agent is not None and sa.pump is not None and sa.agent.selected == sa.path:
             sa.pump.feed(sa.agent.verify(self._services.now))
         self._services.ike.probe(sa.id)
@@ -347,6 +354,46 @@ class Paths:
         if sa is self._owner.current and sa.path.remote == relay.endpoint:
             sa.relay = None
             await self._save(sa, problem)
+
+    def take(self, sa: LiveSa, path: Path, reason: str) -> None:
+        """Move an SA that we began to this path."""
+        self._move(sa, path, reason)
+
+    def leave_stream(self) -> None:
+        """UDP works again: replace a relay on a stream by one that is not, and move over."""
+        sa = self._owner.current
+        if sa is not None and sa.relay is not None and sa.relay.endpoint.is_stream:
+            self._services.tasks.start(self._replace_relay(sa, sa.relay), f"leave TCP to {self._owner.name}")
+
+    async def _replace_relay(self, sa: LiveSa, old: RelayPath) -> None:
+        try:
+            relay = await self._context.relay_anew(self._owner.overlay, old.endpoint)
+        except P2pvpnError as problem:
+            self._owner.last_failure = f"leave TCP: {problem}"
+            return
+        if sa is not self._owner.current or relay.endpoint.is_stream:
+            return
+        if sa.path.remote == old.endpoint:
+            if sa.initiator:
+                self._move(sa, relay.path, "UDP works")
+        elif sa.relay is old:
+            relay.claimed = True
+            sa.relay = relay
+            self.release()
+
+    async def _doubt_hub(self, sa: LiveSa) -> None:
+        """A hub is silent: perhaps UDP does not reach it any more, and TCP does."""
+        if await _set_within(sa.alive, self._services.tuning.stream_after_s):
+            return
+        try:
+            path = await self._context.line_to(self._owner.overlay)
+            if sa is self._owner.current and not sa.alive.is_set():
+                self._move(sa, path, "UDP is silent")
+                await _set_within(sa.settled, MOVE_S)
+        except ConnectError as problem:
+            self._owner.last_failure = str(problem)
+        finally:
+            self._context.tidy_lines(self._owner.overlay)
 
     def fall_back(self, reason: str) -> None:
         """The path in use is dead: take the relay, the one we have or a new one."""
@@ -369,6 +416,7 @@ class Paths:
         elif self.kind(sa) is PathKind.RELAYED:
             self._move(sa, relay.path, "the peer called")
         else:
+            relay.claimed = True
             sa.relay = relay
             self.suspect()
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol
 
 from p2pvpn.core.address import Endpoint, IpAddress, IpNetwork, Path
 from p2pvpn.core.child import ChildSa
+from p2pvpn.core.errors import Fault, RemoteError
+from p2pvpn.core.ids import PeerId
 from p2pvpn.punch.portmap.mapping import PortMapping
 
 
@@ -168,6 +171,54 @@ class PortMapper(Protocol):
 
     def network_changed(self) -> None:
         """Addresses or routes of the machine are other than before."""
+        ...
+
+
+class StreamTrouble(Enum):
+    """Why there is no stream to a hub."""
+
+    SILENT = "TCP is not answered either"
+    INTERCEPTED = "something on the way answers TLS in the hub's place"
+    PORTAL = "a captive portal wants somebody to log in"
+    REFUSED = "the hub has no room for it, or nothing at that port"
+
+
+class StreamFailed(RemoteError):
+    """A stream cannot be had. `detail` is what answered, for a person: printable and short, but a stranger's word."""
+
+    def __init__(self, trouble: StreamTrouble, detail: str = "") -> None:
+        hint = "open a browser and log in to the network" if trouble is StreamTrouble.PORTAL else ""
+        super().__init__(f"{trouble.value}{f': {detail}' if detail else ''}", hint=hint, fault=Fault.UNREACHABLE)
+        self.trouble = trouble
+        self.detail = detail
+
+
+class Streams(Protocol):
+    """Datagrams over TLS over TCP, where UDP does not pass. A stream is to one UDP port of a hub.
+
+    At either end a loopback endpoint of `core.address.STREAM_NETWORK` stands for it: what the engine or the plane sends
+    there comes out at the other end, from the endpoint that stands for the stream there. So neither IKE nor relays nor
+    planes know of TCP. Streams from one outside address have one host address at the hub, as UDP has.
+    """
+
+    on_lost: Callable[[Endpoint], None]
+    """The stream of this endpoint ended, and we did not close it."""
+    may_reach: Callable[[int], bool]
+    """On a hub: whether strangers may have a stream to this UDP port; 0 is that of IKE and ESP."""
+
+    async def open(self, hub: Endpoint, hub_id: PeerId, port: int) -> Endpoint:
+        """A stream to `port` (0: that of IKE and ESP) of the hub whose TLS answers at `hub` with the key of `hub_id`.
+
+        Raises StreamFailed.
+        """
+        ...
+
+    def close(self, stream: Endpoint) -> None:
+        """End it; unknown ones are ignored."""
+        ...
+
+    def vouch(self, stream: Endpoint) -> None:
+        """On a hub: a member is behind it, so it may stay."""
         ...
 
 

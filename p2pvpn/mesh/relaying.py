@@ -12,6 +12,7 @@ from p2pvpn.core.ports import Entropy
 from p2pvpn.relay.client import RelayClients, RelayLost, RelayReady
 from p2pvpn.relay.wire import RelayTicket
 
+from .lines import Lines
 from .ports import Underlay
 from .pump import Pump
 
@@ -27,18 +28,27 @@ class RelayFailed(RemoteError):
 class RelayPath:
     """One relay port of ours: `path` stands for the peer on the other side. `claimed` once an SA began on it."""
 
-    def __init__(self, pump: RelayClientPump, path: Path) -> None:
+    def __init__(self, pump: RelayClientPump, path: Path, relay: Endpoint) -> None:
         self._pump = pump
         self.path = path
+        self.relay = relay
+        """The port on the hub; the path leads there, or to the stream that stands for it."""
         self.claimed = False
         self.on_lost: Callable[[RelayPath], None] | None = None
         self._bound: bool | None = None
         self._on_bound: Callable[[bool], None] | None = None
         self._on_unbound: Callable[[], None] | None = None
+        self.on_silent: Callable[[RelayPath], None] | None = None
+        """It never answered."""
 
     @property
     def endpoint(self) -> Endpoint:
         return self.path.remote
+
+    @property
+    def host(self) -> str:
+        """The hub that relays."""
+        return self.relay.host
 
     @property
     def rtt_s(self) -> float | None:
@@ -61,8 +71,11 @@ class RelayPath:
 
     def note_lost(self) -> None:
         """The relay does not answer any more, or never did."""
-        if self._bound is None and self._on_unbound is not None:
-            self._on_unbound()
+        if self._bound is None:
+            if self.on_silent is not None:
+                self.on_silent(self)
+            if self._on_unbound is not None:
+                self._on_unbound()
         if self.on_lost is not None:
             self.on_lost(self)
 
@@ -89,8 +102,11 @@ class RelayPath:
 class RelayClientPump:
     """Drives all relay bindings of the machine."""
 
-    def __init__(self, underlay: Underlay, entropy: Entropy, timeout_s: float, confirm_timeout_s: float) -> None:
+    def __init__(
+        self, underlay: Underlay, entropy: Entropy, lines: Lines, timeout_s: float, confirm_timeout_s: float
+    ) -> None:
         self._underlay = underlay
+        self._lines = lines
         self._clients = RelayClients(entropy)
         self._pump = Pump(self._clients, underlay, self._on_output)
         self._paths: dict[Endpoint, RelayPath] = {}
@@ -128,15 +144,20 @@ class RelayClientPump:
                 problem = failure
         raise problem
 
-    def _open(self, ticket: RelayTicket, relay: Endpoint) -> RelayPath:
-        path = any_local(relay, self._underlay.port)
-        opened = self._paths[relay] = RelayPath(self, path)
-        self._opened_at[relay] = self._pump.now
-        self._pump.feed(self._clients.open(ticket, path.local, relay.host, self._pump.now))
+    def bind_over(self, ticket: bytes, stream: Endpoint, relay: Endpoint) -> RelayPath:
+        """Bind at the `relay` that a stream stands for, without waiting for the answer. Raises WireError."""
+        return self._open(RelayTicket.decode_untrusted(ticket), relay, stream)
+
+    def _open(self, ticket: RelayTicket, relay: Endpoint, stream: Endpoint | None = None) -> RelayPath:
+        path = any_local(stream or relay, self._underlay.port)
+        at = path.remote
+        opened = self._paths[at] = RelayPath(self, path, relay)
+        self._opened_at[at] = self._pump.now
+        self._pump.feed(self._clients.open(ticket, path, self._pump.now))
 
         def check() -> None:
-            if self._paths.get(relay) is opened and not opened.is_bound:
-                self._lose(relay)
+            if self._paths.get(at) is opened and not opened.is_bound:
+                self.lose(at)
 
         asyncio.get_running_loop().call_later(self._timeout_s, check)
         return opened
@@ -167,6 +188,7 @@ class RelayClientPump:
         self._rtts.pop(relay, None)
         self._opened_at.pop(relay, None)
         self._settle(relay, RelayFailed("the relay was given up"))
+        self._lines.leave(relay)
 
     def route(self, path: Path, data: bytes) -> bool:
         """Offer an inbound STUN datagram; whether it was for a relay binding."""
@@ -211,9 +233,10 @@ class RelayClientPump:
                     elapsed_s = self._pump.now - self._opened_at[relay]
                     self._paths[relay].note_bound(elapsed_s <= rtt_s + AT_ONCE_S)
             case RelayLost(path=path):
-                self._lose(path.remote)
+                self.lose(path.remote)
 
-    def _lose(self, relay: Endpoint) -> None:
+    def lose(self, relay: Endpoint) -> None:
+        """Nothing will come from there any more."""
         lost = self._paths.get(relay)
         self.release(relay)
         if lost is not None:

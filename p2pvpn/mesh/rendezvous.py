@@ -17,6 +17,7 @@ from .calls import CALL, MEET, Answered, Call, Invitation, Meet
 from .connect import ConnectError
 from .directory import Directory
 from .events import Called, EventSink, Refused
+from .fallback import Fallback
 from .ike_driver import carried_path
 from .relaying import RelayPath
 from .services import Services
@@ -37,6 +38,7 @@ class Rendezvous:
         self,
         *,
         services: Services,
+        fallback: Fallback,
         standing: Standing,
         rpc: RpcNode,
         attachments: Attachments,
@@ -45,6 +47,7 @@ class Rendezvous:
         emit: EventSink,
     ) -> None:
         self._services = services
+        self._fallback = fallback
         self._standing = standing
         self._rpc = rpc
         self._attachments = attachments
@@ -98,7 +101,7 @@ class Rendezvous:
     def _host_of(self, hub: IPv6Address) -> str | None:
         """Where our tunnel to a hub goes."""
         current = self._session(hub).current
-        return None if current is None else current.path.remote.host
+        return None if current is None else self._services.lines.udp_of(current.path.remote).host
 
     async def _ask(self, hub: Hub, call: Call) -> tuple[RelayPath, Answered]:
         try:
@@ -111,7 +114,13 @@ class Rendezvous:
             raise ConnectError("call", f"{hub.name}: {failure}") from None
 
     async def _bind(self, hub: IPv6Address, invitation: Invitation) -> RelayPath:
-        return await self._services.relays.bind(invitation.ticket, invitation.relays, self._host_of(hub))
+        """At its port on the hub, or over a stream where UDP does not lead there."""
+        over_stream = await self._fallback.relay(hub, invitation)
+        if over_stream is not None:
+            return over_stream
+        relay = await self._services.relays.bind(invitation.ticket, invitation.relays, self._host_of(hub))
+        relay.on_silent = lambda silent: self._fallback.relay_silent(hub, silent)
+        return relay
 
     def _keep(self, relay: RelayPath, overlay: IPv6Address, invitation: Invitation) -> None:
         paths = self._session(overlay).paths
@@ -142,7 +151,7 @@ class Rendezvous:
         return answer
 
     async def _answer(self, hub: IPv6Address, meet: Meet, caller: IPv6Address) -> None:
-        if not self._session(caller).paths.relays.keys().isdisjoint(meet.invitation.relays):
+        if {known.relay for known in self._session(caller).paths.relays.values()} & {*meet.invitation.relays}:
             return  # Two hubs told us of one relay.
         try:
             relay = await self._bind(hub, meet.invitation)

@@ -16,6 +16,7 @@ from p2pvpn.punch.mux import PunchMux
 
 from .events import EventSink
 from .ike_driver import IkeDriver
+from .lines import Lines
 from .ports import Forwarder, Plane, Underlay
 from .pump import Pump
 from .relaying import RelayClientPump
@@ -72,6 +73,7 @@ class Services:
     punch: PunchMux
     punch_limits: PunchLimits
     relays: RelayClientPump
+    lines: Lines
     tuning: Tuning
     suspect: Callable[[], None] = lambda: None
     """Asks the hubs at once where they see us: our NAT may have changed."""

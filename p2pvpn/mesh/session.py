@@ -94,6 +94,18 @@ class Session:
         return None if self.current is None else self.paths.rtt_s(self.current)
 
     @property
+    def remote(self) -> str | None:
+        """Where the tunnel goes, for a person."""
+        return None if self.current is None else self._services.lines.show(self.current.path.remote)
+
+    @property
+    def transport(self) -> str | None:
+        """What the tunnel goes over: udp or tcp."""
+        if self.current is None:
+            return None
+        return "tcp" if self.current.path.remote.is_stream else "udp"
+
+    @property
     def state(self) -> str:
         if self.current is not None:
             return "connected"

@@ -16,6 +16,15 @@ class Tuning:
     retry_first_s: float = 0.5
     retry_max_s: float = 30.0
     """Every failure is tried again, with doubling pauses; a change of the network starts over at the first."""
+    stream_after_s: float = 1.0
+    """How long a hub may stay silent over UDP before it is tried over TCP besides: a round trip by satellite takes
+    0.6 s, and 2 s are all that a person in a network that blocks UDP should wait."""
+    stream_retry_s: float = 3.0
+    """Between attempts of one dial: somebody may log in to the captive portal meanwhile."""
+    stream_linger_s: float = 3.0
+    """A stream that nothing uses any more is closed after this: more than any packet in it stays in flight."""
+    relay_silence_s: float = 600.0
+    """Relay ports of a hub that stayed silent, while the hub itself answers, are not tried over UDP for so long."""
     direct_dial_timeout_s: float = 1.0
     """How long a published address may stay silent before the call through a hub begins."""
     relay_dial_timeout_s: float = 2.5

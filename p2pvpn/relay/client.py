@@ -211,9 +211,8 @@ class RelayClients:
         """The binding at this relay endpoint."""
         return self._clients.get(relay)
 
-    def open(self, ticket: RelayTicket, local: Endpoint, relay_host: str, now: float) -> list[Output]:
-        """Bind with a ticket, from `local`, at `relay_host` and the ticket's port; a former binding there is gone."""
-        path = Path(local, Endpoint.of(relay_host, ticket.port))
+    def open(self, ticket: RelayTicket, path: Path, now: float) -> list[Output]:
+        """Bind with a ticket over `path`, which leads to the ticket's port; a former binding there is gone."""
         client = self._clients[path.remote] = RelayClient(ticket, path, self._entropy)
         return client.bind(now)
 

@@ -4,9 +4,9 @@
                                                           SimHost -> interfaces -> segments
     mesh engine -> SimUnderlay --------------------------/
 
-`SimHost` owns the ports of `mesh.ports`: `underlay`, `plane`, `forwarder`, `store`. What runs on the host is known by
-its context: `spawn` starts it, and every task and timer that comes of it belongs to the host. `crash()` takes all
-sockets away without a word and ends those tasks and timers; `restart()` gives new ports, with the store as it was
+`SimHost` owns the ports of `mesh.ports`: `underlay`, `plane`, `forwarder`, `streams`, `store`. What runs on the host is
+known by its context: `spawn` starts it, and every task and timer that comes of it belongs to the host. `crash()` takes
+all sockets away without a word and ends those tasks and timers; `restart()` gives new ports, with the store as it was
 unless lost. `suspend()` stops everything as it is, and `resume()` goes on with it.
 """
 
@@ -29,6 +29,7 @@ from .loop import HostClock, SeededEntropy, SimWallClock, host_clock
 from .overlay import OverlayStack
 from .plane import SimPlane
 from .sockets import SimTransport, SocketTable
+from .streams import SimStreams
 
 T = TypeVar("T")
 
@@ -161,6 +162,7 @@ class SimHost:
         self.underlay = SimUnderlay(self, self._ports)
         self.plane = SimPlane(lambda path, data: self.send(path.local, path.remote, data))
         self.forwarder = SimForwarder(self.sockets, self.send)
+        self.streams = SimStreams(self)
 
     def __repr__(self) -> str:
         return f"SimHost({self.name})"
@@ -202,6 +204,7 @@ class SimHost:
         if self.is_suspended:
             self._changed_asleep = True
         elif self.is_running:
+            self.streams.changed()
             self.loop.call_soon(self.underlay.change, context=self.context)
 
     # ------------------------------------------------------------------ datagrams
@@ -209,6 +212,9 @@ class SimHost:
     def send(self, local: Endpoint, remote: Endpoint, data: bytes) -> None:
         """Send from a local endpoint, whose host may be unspecified; what cannot be routed is lost."""
         if not self.is_running:
+            return
+        if remote.is_stream:
+            self.streams.send(local.port, remote, data)
             return
         interface = self._interface_for(local, remote)
         if interface is None:
@@ -294,6 +300,7 @@ class SimHost:
         if self.is_suspended:
             self.resume()
         self.is_running = False
+        self.streams.crash()
         self.underlay.close()
         self.plane.close()
         self.sockets.close()

@@ -39,6 +39,10 @@ class Router:
     ) -> None:
         self.name = name
         self.blocks_udp = blocks_udp
+        self.only_udp_port: int | None = None
+        """If given, UDP passes to and from this port of the outside world, and no other."""
+        self.portal = ""
+        """The address of a captive portal that answers all TCP, until somebody logs in."""
         self.firewall = firewall
         self._internet = above.internet
         self.inside = Interface(self, lan, [ipaddress.ip_address(address) for address in inside], Quality())
@@ -51,7 +55,8 @@ class Router:
 
     def receive(self, interface: Interface, datagram: Datagram) -> None:
         """Translate or filter a datagram, and pass it on."""
-        if self.blocks_udp:
+        remote = datagram.destination if interface is self.inside else datagram.source
+        if self.blocks_udp or (self.only_udp_port is not None and remote.port != self.only_udp_port):
             self._filter(datagram)
         elif interface is self.inside:
             self._receive_inside(datagram)

@@ -36,6 +36,7 @@ async def start_node(
             underlay=host.underlay,
             plane=host.plane,
             forwarder=host.forwarder if machine.is_hub else None,
+            streams=host.streams,
             resolver=world.resolver,
             entropy=host.entropy,
             wall=host.wall,

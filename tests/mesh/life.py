@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from p2pvpn.mesh.events import MeshEvent
@@ -33,6 +33,8 @@ class Life:
         self.world.publish()
         self.nodes: dict[str, Node] = {}
         self.events: list[tuple[str, MeshEvent]] = []
+        self.watch: Callable[[], Coroutine[Any, Any, None]] | None = None
+        """Runs beside the start, if it is given."""
 
     def _peer(self, name: str, nat: str) -> Machine:
         if nat == "none":
@@ -46,7 +48,10 @@ class Life:
         async def whole() -> None:
             for machine in list(self.world.machines.values()):
                 await self.start(machine)
+            watching = asyncio.create_task(self.watch()) if self.watch is not None else None
             await asyncio.sleep(ATTACH_S)
+            if watching is not None:
+                await watching
             await story
             for name, node in self.nodes.items():
                 if self.world.machines[name].host.is_running:

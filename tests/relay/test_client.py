@@ -19,8 +19,12 @@ def peer_of(hub: Hub, known: str | None = ALICE_AT.host) -> Peer:
     return Peer(hub, hub.allocate(known_a=known).side_a, ALICE_AT)
 
 
+def way_to(port: int) -> Path:
+    return Path(LOCAL, Endpoint(HUB, port))
+
+
 def relay_path(peer: Peer) -> Path:
-    return Path(LOCAL, Endpoint(HUB, peer.ticket.port))
+    return way_to(peer.ticket.port)
 
 
 def test_readiness_tells_the_path_the_mapped_address_and_the_round_trip():
@@ -202,7 +206,8 @@ def test_clients_are_told_apart_by_relay_and_other_stun_is_left_alone():
     hub = Hub()
     one, two = hub.allocate(known_a=ALICE_AT.host), hub.allocate(known_a=ALICE_AT.host)
     clients = RelayClients(entropy_of(4))
-    requests = clients.open(one.side_a, LOCAL, HUB, hub.now) + clients.open(two.side_a, LOCAL, HUB, hub.now)
+    requests = clients.open(one.side_a, way_to(one.side_a.port), hub.now)
+    requests += clients.open(two.side_a, way_to(two.side_a.port), hub.now)
     assert len(clients) == 2
     for request in requests:
         hub.receive(request.path.remote.port, ALICE_AT, request.data)
