@@ -110,8 +110,7 @@ class Fallback:
         elif not is_stream and overlay in self._by_tcp:
             self._by_tcp.discard(overlay)
             self._emit(UdpWorks(self._standing.label, session.name))
-            for other in list(self._sessions.values()):
-                other.paths.leave_stream()
+            self._leave_relays()
 
     def heard(self, hub: Endpoint) -> None:
         """The STUN service of a hub answered over UDP."""
@@ -122,6 +121,15 @@ class Fallback:
             for sa in session.sas.values():
                 if sa.initiator and sa.path.remote.is_stream:
                     session.paths.take(sa, any_local(hub, self._services.underlay.port), "UDP works")
+        self._leave_relays()
+
+    def _leave_relays(self) -> None:
+        """Relays are on UDP as soon as the hubs are; a call that crossed that change may have brought another one."""
+        hubs = [self._sessions.get(hub.overlay) for hub in self._attachments.connected()]
+        is_any_on_stream = any(hub is not None and hub.transport == "tcp" for hub in hubs)
+        if not is_any_on_stream and all(until < self._services.now for until in self._silent_relays.values()):
+            for session in list(self._sessions.values()):
+                session.paths.leave_stream()
 
     def _lost(self, line: Line) -> None:
         """A stream to a hub ended: another way for the SA on it, which may well be UDP."""

@@ -134,6 +134,7 @@ class Paths:
         self._seen_at: IpAddress | None = None
         """Where a hub saw the peer, when it was last called."""
         self._rescue: asyncio.Task[None] | None = None
+        self._leaving: asyncio.Task[None] | None = None
 
     def kind(self, sa: LiveSa) -> PathKind:
         if sa.relayed:
@@ -362,8 +363,11 @@ class Paths:
     def leave_stream(self) -> None:
         """UDP works again: replace a relay on a stream by one that is not, and move over."""
         sa = self._owner.current
-        if sa is not None and sa.relay is not None and sa.relay.endpoint.is_stream:
-            self._services.tasks.start(self._replace_relay(sa, sa.relay), f"leave TCP to {self._owner.name}")
+        is_under_way = self._leaving is not None and not self._leaving.done()
+        if sa is not None and sa.relay is not None and sa.relay.endpoint.is_stream and not is_under_way:
+            self._leaving = self._services.tasks.start(
+                self._replace_relay(sa, sa.relay), f"leave TCP to {self._owner.name}"
+            )
 
     async def _replace_relay(self, sa: LiveSa, old: RelayPath) -> None:
         try:
