@@ -19,6 +19,8 @@ def raw_cipher(suite: EspSuite, keymat: bytes) -> tuple[RawCipher, bytes]:
     """The cipher object and the 4-byte salt from keying material; for per-packet code. Decryption raises InvalidTag."""
     if len(keymat) != suite.keymat_bytes:
         raise ValueError(f"{suite.name} takes {suite.keymat_bytes} bytes of keying material, not {len(keymat)}")
+    if not suite.is_combined:
+        raise ValueError(f"{suite.name} is no combined cipher")
     key, salt = keymat[:-SALT_BYTES], keymat[-SALT_BYTES:]
     if suite is EspSuite.CHACHA20_POLY1305:
         return ChaCha20Poly1305(key), salt

@@ -214,10 +214,10 @@ class EspEngine:
 
     def narrow_path(self, remote: Endpoint, outer_mtu: int) -> None:
         """The way to `remote` carries IP packets of `outer_mtu` bytes at most: send nothing larger there."""
-        mtu = max(inner_mtu(outer_mtu, outer_ipv6=remote.is_ipv6), MIN_MTU_IPV4)
         for entry in self._children.values():
             if entry.outbound.path.remote == remote:
-                entry.outbound.mtu = min(entry.outbound.mtu, mtu)
+                mtu = inner_mtu(outer_mtu, outer_ipv6=remote.is_ipv6, suite=entry.child.suite)
+                entry.outbound.mtu = min(entry.outbound.mtu, max(mtu, MIN_MTU_IPV4))
 
     def _known(self, child_id: int) -> _Child:
         entry = self._children.get(child_id)
@@ -270,13 +270,16 @@ class EspEngine:
         sa = table.pairs.get(pair) if table is not None else None
         if sa is None:
             found = self._choose(table, head, pair)
-            return found if isinstance(found, OutboundSa) else None
-        return sa
+            if not isinstance(found, OutboundSa):
+                return None
+            sa = found
+        return sa if sa.batches else None
 
     def outbound_sa_of_pair(self, network: str, pair: bytes) -> OutboundSa | None:
         """The SA for all packets with this packed source and destination, if it is known that these decide."""
         table = self._networks.get(network)
-        return table.pairs.get(pair) if table is not None else None
+        sa = table.pairs.get(pair) if table is not None else None
+        return sa if sa is not None and sa.batches else None
 
     def _choose(self, network: _Network | None, packet: bytes, pair: bytes) -> OutboundSa | Trapped | Reason:
         """The SA in use for the packet: the longest remote prefix, then the newest, that admits both addresses."""

@@ -41,11 +41,12 @@ NEXT_IPV6 = 41
 NEXT_NONE = 59
 """A dummy packet for traffic-flow confidentiality (RFC 4303 section 2.6)."""
 
-_PADDING = bytes(range(1, 256))
+PADDING = bytes(range(1, 256))
+"""As much of it as there is to fill (RFC 4303 section 2.4)."""
 
 
 def _trailers(next_header: int) -> tuple[bytes, ...]:
-    return tuple(_PADDING[:pad] + bytes([pad, next_header]) for pad in range(4))
+    return tuple(PADDING[:pad] + bytes([pad, next_header]) for pad in range(4))
 
 
 _TRAILERS = {version: _trailers(version) for version in (NEXT_IPV4, NEXT_IPV6, NEXT_NONE)}
@@ -61,15 +62,16 @@ def unpadded_untrusted(plain: bytes) -> tuple[int, bytes]:
     pad = plain[-2]
     end = len(plain) - TRAILER_BYTES - pad
     # RFC 4303 section 2.4: 1, 2, 3 .., and the receiver should look.
-    if end < 0 or (pad and plain[end:-2] != _PADDING[:pad]):
+    if end < 0 or (pad and plain[end:-2] != PADDING[:pad]):
         raise WireError("the padding is not 1, 2, 3 ..")
     return plain[-1], plain[:end]
 
 
-def inner_mtu(outer_mtu: int, *, outer_ipv6: bool) -> int:
+def inner_mtu(outer_mtu: int, *, outer_ipv6: bool, suite: EspSuite = EspSuite.AES_GCM_16_256) -> int:
     """The largest inner packet whose ESP-in-UDP packet fits `outer_mtu` bytes, IP header included."""
-    room = outer_mtu - (40 if outer_ipv6 else 20) - UDP_HEADER_BYTES - HEADER_BYTES - IV_BYTES - ICV_BYTES
-    return room // 4 * 4 - TRAILER_BYTES
+    room = outer_mtu - (40 if outer_ipv6 else 20) - UDP_HEADER_BYTES - HEADER_BYTES - suite.iv_bytes - suite.icv_bytes
+    block = 4 if suite.is_combined else suite.iv_bytes
+    return room // block * block - TRAILER_BYTES
 
 
 class Sealer:

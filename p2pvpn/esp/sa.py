@@ -9,6 +9,7 @@ from __future__ import annotations
 from p2pvpn.core.address import Endpoint
 from p2pvpn.core.child import ChildSa
 
+from .cbc import CbcOpener, CbcSealer
 from .inner import flow_untrusted
 from .packet import Opener, Sealer
 from .replay import ReplayWindow
@@ -24,6 +25,7 @@ class OutboundSa:
     """Seals packets for one peer. `mtu` is in bytes of inner packet and sinks when the path turns out to be narrow."""
 
     __slots__ = (
+        "batches",
         "bytes",
         "child",
         "last_at",
@@ -43,7 +45,10 @@ class OutboundSa:
         self.mtu = child.mtu
         self.local = SelectorSet(child.local)
         self.remote = SelectorSet(child.remote)
-        self.sealer = Sealer(child.suite, child.key_out.reveal(), child.spi_out, esn=child.esn)
+        self.batches = child.suite.is_combined
+        """Whether many packets may be sealed at once."""
+        kind = Sealer if self.batches else CbcSealer
+        self.sealer = kind(child.suite, child.key_out.reveal(), child.spi_out, esn=child.esn)
         self.stop_at = LAST_SEQUENCE_ESN if child.esn else LAST_SEQUENCE
         self.sequence = 0
         self.packets = 0
@@ -113,7 +118,8 @@ class InboundSa:
         self.remote = remote
         self.narrow = local.narrow or remote.narrow
         self.pairs: set[bytes] = set()
-        self.opener = Opener(child.suite, child.key_in.reveal(), esn=child.esn)
+        kind = Opener if child.suite.is_combined else CbcOpener
+        self.opener = kind(child.suite, child.key_in.reveal(), esn=child.esn)
         self.window = ReplayWindow(esn=child.esn)
         self.packets = 0
         self.bytes = 0

@@ -29,8 +29,8 @@ from p2pvpn.core.child import EspSuite
 from p2pvpn.core.errors import LocalError
 from p2pvpn.core.secret import Secret
 
+from .xfrm_ciphers import cipher_attributes
 from .xfrm_messages import (
-    AEAD_LAYOUT,
     ENCAP_LAYOUT,
     MIGRATION_LAYOUT,
     STATE,
@@ -77,11 +77,6 @@ _ATTR_ESN = 23
 _ESN_HEAD = struct.Struct("=IIIIII")
 _DUMP_BATCH = 64
 """Questions of one batch: their answers must fit the socket's buffer."""
-_ALGORITHMS = {
-    EspSuite.AES_GCM_16_256: b"rfc4106(gcm(aes))",
-    EspSuite.AES_GCM_16_128: b"rfc4106(gcm(aes))",
-    EspSuite.CHACHA20_POLY1305: b"rfc7539esp(chacha20,poly1305)",
-}
 
 
 class XfrmError(LocalError):
@@ -343,11 +338,9 @@ def set_state(state: State, *, update: bool = False) -> Message:
     if not state.inbound and not state.esn:
         fields["hard_packets"] = _ALL_PACKETS_32
     words = REPLAY_WINDOW // 32
-    key = state.key.reveal()
-    aead: dict[str, int | bytes] = {"name": _ALGORITHMS[state.suite], "key_bits": len(key) * 8, "icv_bits": 128}
     replay = state.replay or _ESN_HEAD.pack(words, 0, 0, 0, 0, REPLAY_WINDOW) + bytes(4 * words)
     attributes = [
-        ("XFRMA_ALG_AEAD", AEAD_LAYOUT.pack(aead) + key),
+        *cipher_attributes(state.suite, state.key.reveal()),
         ("XFRMA_ENCAP", _encap(state.flow)),
         ("XFRMA_REPLAY_ESN_VAL", replay),
     ]

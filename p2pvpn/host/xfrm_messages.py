@@ -1,7 +1,7 @@
 """The messages of NETLINK_XFRM, declared: layouts of linux/xfrm.h with 64-bit alignment.
 
     message       fixed part          attributes used
-    NEWSA, UPDSA  usersa_info         ALG_AEAD, ENCAP, REPLAY_ESN_VAL, MTIMER_THRESH
+    NEWSA, UPDSA  usersa_info         ALG_AEAD or ALG_CRYPT and ALG_AUTH_TRUNC, ENCAP, REPLAY_ESN_VAL, MTIMER_THRESH
     GETSA, DELSA  usersa_id           (an answer is a usersa_info)
     NEW-, UPDPOLICY  userpolicy_info  TMPL
     DEL-, GETPOLICY  userpolicy_id
@@ -289,7 +289,9 @@ _ATTRIBUTES = {name: number for number, (name, _) in enumerate(_NLA_MAP)}
 TEMPLATE_LAYOUT = Layout(TEMPLATE)
 MIGRATION_LAYOUT = Layout(MIGRATION)
 AEAD_LAYOUT = Layout(_Attributes.aead.fields[:-1])
-"""Without the key, which follows."""
+"""Without the key, which follows; that of integrity is laid out the same way."""
+CRYPT_LAYOUT = Layout((("name", "64s"), ("key_bits", "I")))
+"""xfrm_algo without the key, which follows."""
 ENCAP_LAYOUT = Layout(_Attributes.encap.fields)
 
 

@@ -7,11 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from p2pvpn.core.address import Endpoint, IpAddress, Path
-from p2pvpn.core.child import EspSuite
+from p2pvpn.core.child import CBC_SUITES, COMBINED_SUITES, EspSuite
 from p2pvpn.core.ports import Entropy
 from p2pvpn.core.secret import Secret
 from p2pvpn.core.selector import Selector
-from p2pvpn.crypto.cbc import CbcSuite
 from p2pvpn.crypto.kex import KexMethod
 from p2pvpn.crypto.prf import Prf
 from p2pvpn.crypto.signatures import PublicKey, Scheme
@@ -120,6 +119,8 @@ class Initiate:
     """Say that we know of no other SA with this peer: it forgets the others of the same two identities."""
     request_lease: bool = False
     """Ask for addresses; SaEstablished has what was given."""
+    transport: bool = False
+    """Ask for transport mode, between the two ends of the path; a peer may make it tunnel mode."""
 
 
 def _never(_endpoint: Endpoint) -> bool:
@@ -130,8 +131,8 @@ def _never(_endpoint: Endpoint) -> bool:
 class IkeSettings:
     """What is negotiated, and every limit and interval with its reason. Times are seconds, sizes bytes."""
 
-    ciphers: tuple[IkeCipher, ...] = (EspSuite.AES_GCM_16_256, EspSuite.AES_GCM_16_128, EspSuite.CHACHA20_POLY1305)
-    accepted_ciphers: tuple[IkeCipher, ...] = tuple(CbcSuite)
+    ciphers: tuple[IkeCipher, ...] = COMBINED_SUITES
+    accepted_ciphers: tuple[IkeCipher, ...] = CBC_SUITES
     """Taken when a peer offers none of `ciphers`, and never offered: some prefer them to better ones."""
     prfs: tuple[Prf, ...] = (Prf.HMAC_SHA2_384, Prf.HMAC_SHA2_256, Prf.HMAC_SHA2_512)
     kexes: tuple[KexMethod, ...] = (
@@ -154,9 +155,13 @@ class IkeSettings:
     child_kexes: tuple[KexMethod, ...] = (KexMethod.CURVE25519, KexMethod.ECP_256, KexMethod.ECP_384)
     """For fresh keys of Child SAs after the first; a peer may do without."""
     child_additional_kexes: tuple[tuple[KexMethod, ...], ...] = ()
-    esp_suites: tuple[EspSuite, ...] = (EspSuite.AES_GCM_16_256, EspSuite.AES_GCM_16_128, EspSuite.CHACHA20_POLY1305)
+    esp_suites: tuple[EspSuite, ...] = COMBINED_SUITES
+    accepted_esp_suites: tuple[EspSuite, ...] = CBC_SUITES
+    """Taken when a peer offers none of `esp_suites` in a proposal, and never offered: they cost five times as much."""
     esn: bool = True
     """Offer extended sequence numbers, and take them when they are offered."""
+    transport_mode: bool = False
+    """Take transport mode when a peer asks for it; the plane has to carry it."""
     children_max: int = 16
     """Child SAs of one IKE SA; twice as many while they are being replaced."""
 
@@ -217,6 +222,10 @@ class IkeSettings:
     @property
     def all_ciphers(self) -> tuple[IkeCipher, ...]:
         return self.ciphers + self.accepted_ciphers
+
+    @property
+    def all_esp_suites(self) -> tuple[EspSuite, ...]:
+        return self.esp_suites + self.accepted_esp_suites
 
     @property
     def known_additional(self) -> tuple[KexMethod, ...]:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from p2pvpn.core.child import ChildSa, EspSuite
 from p2pvpn.core.secret import Secret
-from p2pvpn.crypto.cbc import CbcSuite
+from p2pvpn.crypto.cbc import hash_name
 
 from .keys import IkeKeys
 from .proposals import IkeCipher
@@ -34,14 +34,14 @@ _ESP_CIPHERS = {
 
 
 def _cipher_name(cipher: IkeCipher) -> str | None:
-    if isinstance(cipher, CbcSuite):
+    if not cipher.is_combined:
         return f"AES-CBC-{cipher.key_bits} [RFC3602]"
     return _IKE_CIPHERS.get(cipher)
 
 
 def _integrity_name(cipher: IkeCipher) -> str:
-    if isinstance(cipher, CbcSuite):
-        bits = int(cipher.hash_name.removeprefix("sha"))
+    if not cipher.is_combined:
+        bits = int(hash_name(cipher).removeprefix("sha"))
         return f"HMAC_SHA2_{bits}_{bits // 2} [RFC4868]"
     return "NONE [RFC4306]"
 
@@ -62,13 +62,22 @@ def esp_lines(child: ChildSa) -> list[str]:
     None for a cipher that Wireshark does not decrypt.
     """
     family = "IPv6" if child.path.remote.is_ipv6 else "IPv4"
-    name = _ESP_CIPHERS.get(child.suite)
+    suite = child.suite
+    name = _ESP_CIPHERS.get(suite) if suite.is_combined else "AES-CBC [RFC3602]"
     if name is None:
         return []
-    return [
-        ",".join(f'"{field}"' for field in (family, "*", "*", f"0x{spi:08x}", name, "0x" + _hex(key), "NULL", ""))
-        for spi, key in ((child.spi_in, child.key_in), (child.spi_out, child.key_out))
-    ]
+    integrity, lines = "NULL", []
+    if not suite.is_combined:
+        integrity = f"HMAC-SHA-{suite.icv_bytes * 16}-{suite.icv_bytes * 8} [RFC4868]"
+    for spi, keymat in ((child.spi_in, child.key_in), (child.spi_out, child.key_out)):
+        whole = keymat.reveal().hex()
+        key, integrity_key = whole, ""
+        if not suite.is_combined:
+            at = suite.key_bits // 4
+            key, integrity_key = whole[:at], "0x" + whole[at:]
+        fields = (family, "*", "*", f"0x{spi:08x}", name, "0x" + key, integrity, integrity_key)
+        lines.append(",".join(f'"{field}"' for field in fields))
+    return lines
 
 
 def _hex(secret: Secret) -> str:

@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 
 from p2pvpn.core.child import EspSuite
 from p2pvpn.core.secret import Secret
-from p2pvpn.crypto.cbc import CbcSuite
 from p2pvpn.crypto.prf import Prf
 
 from .proposals import IkeCipher
@@ -80,8 +79,9 @@ def expand(
     prf: Prf, cipher: IkeCipher, seed: Secret, nonces: tuple[bytes, bytes], spis: tuple[bytes, bytes]
 ) -> IkeKeys:
     """All SK_ keys from SKEYSEED; nonces and SPIs are the initiator's and the responder's."""
-    authentic = cipher.integrity_bytes if isinstance(cipher, CbcSuite) else 0
-    sizes = (prf.size, authentic, authentic, cipher.keymat_bytes, cipher.keymat_bytes, prf.size, prf.size)
+    authentic = cipher.integrity_bytes
+    secret = cipher.keymat_bytes - authentic
+    sizes = (prf.size, authentic, authentic, secret, secret, prf.size, prf.size)
     stream = prf.plus(seed.reveal(), b"".join(nonces + spis), sum(sizes))
     parts = []
     for size in sizes:

@@ -5,7 +5,7 @@
     transform:  | more 3/0 u8 | zero | length u16 | type u8 | zero | id u16 | attribute ... |
     attribute:  | 1 bit set, type 15 bits | value u16 |   or   | 0 bit, type 15 bits | length u16 | value ... |
 
-All our ciphers are authenticated ones, so one proposal holds every combination of them and no integrity transform.
+Combined ciphers and those that need integrity besides are offered in proposals of their own (RFC 7296 section 3.3).
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from p2pvpn.core.child import EspSuite
 from p2pvpn.core.errors import WireError
 from p2pvpn.core.wire import Reader
-from p2pvpn.crypto.cbc import CbcSuite
 from p2pvpn.crypto.kex import KexMethod
 from p2pvpn.crypto.prf import Prf
 
@@ -33,7 +32,7 @@ ADDITIONAL = range(6, 13)
 MAY_BE_NONE = frozenset({TransformType.INTEG, TransformType.KE, *ADDITIONAL})
 """Transform types that a proposal may carry as NONE."""
 
-IkeCipher = EspSuite | CbcSuite
+IkeCipher = EspSuite
 """What protects IKE messages."""
 Alternatives = Sequence[Sequence[KexMethod]]
 """Per additional key exchange, the methods that will do, the best first."""
@@ -192,6 +191,11 @@ def _key_exchanges(kexes: Iterable[KexMethod], additional: Alternatives) -> list
     return out
 
 
+def _integrity(suites: Iterable[IkeCipher]) -> list[Transform]:
+    numbers = dict.fromkeys(suite.integrity for suite in suites if not suite.is_combined)
+    return [Transform(TransformType.INTEG, one) for one in numbers]
+
+
 def offer_ike(
     ciphers: Iterable[IkeCipher],
     prfs: Iterable[Prf],
@@ -205,8 +209,7 @@ def offer_ike(
     suites = list(ciphers)
     transforms = list(dict.fromkeys(_cipher(suite) for suite in suites))
     transforms += [Transform(TransformType.PRF, prf.transform) for prf in prfs]
-    integrity = dict.fromkeys(suite.integrity for suite in suites if isinstance(suite, CbcSuite))
-    transforms += [Transform(TransformType.INTEG, one) for one in integrity]
+    transforms += _integrity(suites)
     return Proposal(number, Protocol.IKE, spi, (*transforms, *_key_exchanges(kexes, additional)))
 
 
@@ -223,8 +226,8 @@ def offers_ike(
 
     When they are `required`, with them or not at all.
     """
-    combined = [suite for suite in ciphers if isinstance(suite, EspSuite)]
-    separate = [suite for suite in ciphers if isinstance(suite, CbcSuite)]
+    combined = [suite for suite in ciphers if suite.is_combined]
+    separate = [suite for suite in ciphers if not suite.is_combined]
     lists: list[tuple[Sequence[IkeCipher], Alternatives]] = []
     for suites in (combined, separate):
         for more in (additional, ()):
@@ -245,20 +248,29 @@ def offer_child(
     *,
     number: int = 1,
 ) -> Proposal:
-    """One proposal; with `esn`, extended sequence numbers are offered first and plain ones second."""
-    transforms = [_cipher(suite) for suite in ciphers]
+    """One proposal; ciphers are all combined or all not. With `esn`, plain sequence numbers are the second choice."""
+    suites = list(ciphers)
+    transforms = list(dict.fromkeys(_cipher(suite) for suite in suites))
+    transforms += _integrity(suites)
     transforms += _key_exchanges(kexes, additional)
     transforms += [Transform(TransformType.ESN, value) for value in ((1, 0) if esn else (0,))]
     return Proposal(number, Protocol.ESP, spi, tuple(transforms))
 
 
 def offers_child(
-    ciphers: Sequence[EspSuite], esn: bool, spi: bytes, kexes: Sequence[KexMethod], additional: Alternatives
+    ciphers: Sequence[EspSuite],
+    esn: bool,
+    spi: bytes,
+    kexes: Sequence[KexMethod] = (),
+    additional: Alternatives = (),
 ) -> tuple[Proposal, ...]:
-    """With every key exchange first, then with the first of them alone, then with none."""
-    lists = [(kexes, additional)] * bool(kexes and additional) + [(kexes, ())] * bool(kexes) + [((), ())]
+    """Combined ciphers before others; with every key exchange, then with the first of them alone, then with none."""
+    kinds = [[one for one in ciphers if one.is_combined is is_combined] for is_combined in (True, False)]
+    exchanges = [(kexes, additional)] * bool(kexes and additional) + [(kexes, ())] * bool(kexes) + [((), ())]
+    lists = [(suites, *more) for suites in kinds if suites for more in exchanges]
     return tuple(
-        offer_child(ciphers, esn, spi, first, more, number=number) for number, (first, more) in enumerate(lists, 1)
+        offer_child(suites, esn, spi, first, more, number=number)
+        for number, (suites, first, more) in enumerate(lists, 1)
     )
 
 
@@ -300,7 +312,7 @@ def choose_child(
         cipher = _first_cipher(proposal, allowed.ciphers)
         numbers = {transform.id for transform in proposal.of_type(TransformType.ESN)} or {0}
         number = 1 if allowed.esn and 1 in numbers else 0
-        if not isinstance(cipher, EspSuite) or number not in numbers:
+        if cipher is None or number not in numbers:
             continue
         kex, more = (None, ()) if first else _child_exchanges(proposal, allowed)
         if more is None:
@@ -325,7 +337,7 @@ def chosen_ike_untrusted(
 ) -> tuple[Proposal, IkeSuite]:
     """The responder's proposal and its meaning. Raises WireError unless it is one of the things we offered."""
     proposal = _single_choice(answer, offered)
-    found = choose_ike([proposal], _everything(EspSuite, CbcSuite), spi)
+    found = choose_ike([proposal], _everything(), spi)
     if found is None:
         raise WireError("the responder chose what was not offered")
     return proposal, found[2]
@@ -336,16 +348,16 @@ def chosen_child_untrusted(
 ) -> tuple[Proposal, ChildSuite]:
     """The responder's proposal and its meaning. Raises WireError unless it is one of the things we offered."""
     proposal = _single_choice(answer, offered)
-    found = choose_child([proposal], _everything(EspSuite), b"", first=first)
+    found = choose_child([proposal], _everything(), b"", first=first)
     if found is None:
         raise WireError("the responder chose what was not offered")
     return proposal, found[2]
 
 
-def _everything(*ciphers: type[EspSuite] | type[CbcSuite]) -> Allowed:
+def _everything() -> Allowed:
     """All that exists: what is in an answer was checked against our offer already."""
     methods = list(KexMethod)
-    return Allowed([suite for kind in ciphers for suite in kind], list(Prf), methods, methods)
+    return Allowed(list(EspSuite), list(Prf), methods, methods)
 
 
 def _single_choice(answer: Sequence[Proposal], offered: Sequence[Proposal]) -> Proposal:
@@ -385,10 +397,10 @@ def _first_cipher(proposal: Proposal, ciphers: Sequence[IkeCipher]) -> IkeCipher
     for suite in ciphers:
         if _cipher(suite) not in proposal.transforms:
             continue
-        if isinstance(suite, CbcSuite):
-            if _offers(proposal, TransformType.INTEG, suite.integrity):
+        if suite.is_combined:
+            if _absent_or_none(proposal, TransformType.INTEG):
                 return suite
-        elif _absent_or_none(proposal, TransformType.INTEG):
+        elif _offers(proposal, TransformType.INTEG, suite.integrity):
             return suite
     return None
 

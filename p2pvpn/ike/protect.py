@@ -16,7 +16,7 @@ from p2pvpn.core.errors import WireError
 from p2pvpn.core.secret import Secret
 from p2pvpn.core.wire import Reader
 from p2pvpn.crypto.aead import Aead
-from p2pvpn.crypto.cbc import BLOCK_BYTES, CbcHmac, CbcSuite
+from p2pvpn.crypto.cbc import BLOCK_BYTES, CbcHmac
 
 from .codes import PayloadType
 from .keys import IkeKeys
@@ -29,7 +29,7 @@ PAD_LENGTH_BYTES = 1
 
 def fragment_overhead_bytes(cipher: IkeCipher) -> int:
     """What a fragment is at most larger than the piece of the chain that it carries."""
-    padding = BLOCK_BYTES if isinstance(cipher, CbcSuite) else PAD_LENGTH_BYTES
+    padding = PAD_LENGTH_BYTES if cipher.is_combined else BLOCK_BYTES
     return HEADER_BYTES + GENERIC_BYTES + FRAGMENT_HEAD_BYTES + cipher.iv_bytes + padding + cipher.icv_bytes
 
 
@@ -53,8 +53,8 @@ class _Combined(Aead):
 
 
 def _direction(cipher: IkeCipher, key: Secret, integrity_key: Secret) -> _Combined | CbcHmac:
-    if isinstance(cipher, CbcSuite):
-        return CbcHmac(cipher, key.reveal(), integrity_key.reveal())
+    if not cipher.is_combined:
+        return CbcHmac(cipher, key.reveal() + integrity_key.reveal())
     return _Combined(cipher, key.reveal())
 
 
@@ -85,7 +85,7 @@ class Protection:
 
     def _seal(self, header: Header, kind: int, first: int, head: bytes, plain: bytes) -> bytes:
         cipher = self.cipher
-        padding = -(len(plain) + PAD_LENGTH_BYTES) % BLOCK_BYTES if isinstance(cipher, CbcSuite) else 0
+        padding = 0 if cipher.is_combined else -(len(plain) + PAD_LENGTH_BYTES) % BLOCK_BYTES
         plain += bytes(padding) + bytes([padding])
         payload_bytes = GENERIC_BYTES + len(head) + cipher.iv_bytes + len(plain) + cipher.icv_bytes
         aad = header.build(kind, HEADER_BYTES + payload_bytes)

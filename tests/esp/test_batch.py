@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from p2pvpn.core.child import EspSuite
+from p2pvpn.core.child import COMBINED_SUITES, EspSuite
 from p2pvpn.core.errors import WireError
 from p2pvpn.esp.batch.cut import Cutter, plan_of
 from p2pvpn.esp.batch.join import Joiner, Run
@@ -347,7 +347,7 @@ class Ends:
         return [self.bob.admit_text(sa, bytes(row), 0) for row in rows.views[: len(datagrams)]]
 
 
-@pytest.mark.parametrize("suite", EspSuite)
+@pytest.mark.parametrize("suite", COMBINED_SUITES)
 @pytest.mark.parametrize(
     ("esn", "top"), [(False, 0), (False, 0xFFFFFF00), (True, 0), (True, 0xFFFFFFFA), (True, 1 << 40)]
 )

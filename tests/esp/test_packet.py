@@ -9,9 +9,18 @@ from hypothesis import strategies as st
 from p2pvpn.core.child import EspSuite
 from p2pvpn.core.errors import TrustError, WireError
 from p2pvpn.crypto.aead import raw_cipher
-from p2pvpn.esp.packet import NEXT_IPV4, NEXT_IPV6, OVERHEAD_BYTES, Opener, Sealer, inner_mtu
+from p2pvpn.esp.cbc import CbcOpener, CbcSealer
+from p2pvpn.esp.packet import NEXT_IPV4, NEXT_IPV6, Opener, Sealer, inner_mtu
 
 SUITES = st.sampled_from(list(EspSuite))
+
+
+def sealer(suite, keymat, *, esn):
+    return (Sealer if suite.is_combined else CbcSealer)(suite, keymat, 0xC0000001, esn=esn)
+
+
+def opener_of(suite, keymat, *, esn):
+    return (Opener if suite.is_combined else CbcOpener)(suite, keymat, esn=esn)
 
 
 @given(SUITES, st.booleans(), st.integers(1, 2**64 - 1), st.binary(max_size=300), st.sampled_from([4, 41]))
@@ -19,19 +28,22 @@ def test_what_is_sealed_opens_again(suite, esn, sequence, packet, next_header):
     keymat = bytes(range(suite.keymat_bytes))
     if not esn:
         sequence &= 0xFFFFFFFF
-    datagram = Sealer(suite, keymat, 0xC0000001, esn=esn).seal(sequence, packet, next_header)
+    datagram = sealer(suite, keymat, esn=esn).seal(sequence, packet, next_header)
     assert datagram[:8] == b"\xc0\0\0\1" + (sequence & 0xFFFFFFFF).to_bytes(4, "big")
     assert len(datagram) % 4 == 0
-    assert OVERHEAD_BYTES <= len(datagram) - len(packet) <= OVERHEAD_BYTES + 3
-    assert Opener(suite, keymat, esn=esn).open_untrusted(sequence, datagram) == (next_header, packet)
+    overhead = 10 + suite.iv_bytes + suite.icv_bytes
+    assert overhead <= len(datagram) - len(packet) <= overhead + (3 if suite.is_combined else 15)
+    assert opener_of(suite, keymat, esn=esn).open_untrusted(sequence, datagram) == (next_header, packet)
+    later = sealer(suite, keymat, esn=esn).seal(sequence - 1, packet, next_header)
+    assert later[8 : 8 + suite.iv_bytes] != datagram[8 : 8 + suite.iv_bytes]
 
 
 @pytest.mark.parametrize("suite", EspSuite)
 @pytest.mark.parametrize("esn", [False, True])
 def test_every_changed_bit_is_refused(suite, esn):
     keymat = bytes(range(suite.keymat_bytes))
-    datagram = Sealer(suite, keymat, 0xC0000001, esn=esn).seal(7, b"the packet", NEXT_IPV4)
-    opener = Opener(suite, keymat, esn=esn)
+    datagram = sealer(suite, keymat, esn=esn).seal(7, b"the packet", NEXT_IPV4)
+    opener = opener_of(suite, keymat, esn=esn)
     for at in range(len(datagram) * 8):
         changed = bytearray(datagram)
         changed[at // 8] ^= 1 << at % 8
@@ -39,10 +51,11 @@ def test_every_changed_bit_is_refused(suite, esn):
             opener.open_untrusted(int.from_bytes(changed[4:8], "big"), bytes(changed))
 
 
-def test_the_high_half_of_the_number_is_authenticated_with_esn():
-    keymat = bytes(36)
-    datagram = Sealer(EspSuite.AES_GCM_16_256, keymat, 0xC0000001, esn=True).seal(1 << 32 | 5, b"packet", NEXT_IPV6)
-    opener = Opener(EspSuite.AES_GCM_16_256, keymat, esn=True)
+@pytest.mark.parametrize("suite", EspSuite)
+def test_the_high_half_of_the_number_is_authenticated_with_esn(suite):
+    keymat = bytes(suite.keymat_bytes)
+    datagram = sealer(suite, keymat, esn=True).seal(1 << 32 | 5, b"packet", NEXT_IPV6)
+    opener = opener_of(suite, keymat, esn=True)
     assert opener.open_untrusted(1 << 32 | 5, datagram) == (NEXT_IPV6, b"packet")
     with pytest.raises(TrustError):
         opener.open_untrusted(5, datagram)
@@ -51,7 +64,7 @@ def test_the_high_half_of_the_number_is_authenticated_with_esn():
 @given(SUITES, st.booleans(), st.integers(0, 2**64 - 1), st.binary(max_size=200))
 def test_nothing_but_our_errors_escapes(suite, esn, sequence, data):
     with pytest.raises((WireError, TrustError)):
-        Opener(suite, bytes(suite.keymat_bytes), esn=esn).open_untrusted(sequence, data)
+        opener_of(suite, bytes(suite.keymat_bytes), esn=esn).open_untrusted(sequence, data)
 
 
 @given(st.binary(min_size=4, max_size=400).filter(lambda plain: len(plain) % 4 == 0))
@@ -120,13 +133,14 @@ def test_the_gcm_example_without_esn_of_draft_mcgrew_gcm_test_01_section_4():
     assert opener.open_untrusted(2, datagram) == (plain[-1], plain[:-4])
 
 
+@pytest.mark.parametrize("suite", EspSuite)
 @pytest.mark.parametrize(("ipv6", "outer"), [(False, 1500), (True, 1500), (False, 1492), (True, 1280), (False, 576)])
-def test_the_inner_mtu_is_the_largest_packet_that_fits(ipv6, outer):
-    sealer = Sealer(EspSuite.AES_GCM_16_256, bytes(36), 0xC0000001, esn=False)
+def test_the_inner_mtu_is_the_largest_packet_that_fits(suite, ipv6, outer):
+    end = sealer(suite, bytes(suite.keymat_bytes), esn=False)
     headers = (40 if ipv6 else 20) + 8
-    mtu = inner_mtu(outer, outer_ipv6=ipv6)
-    assert headers + len(sealer.seal(1, bytes(mtu), NEXT_IPV4)) <= outer
-    assert headers + len(sealer.seal(1, bytes(mtu + 1), NEXT_IPV4)) > outer
+    mtu = inner_mtu(outer, outer_ipv6=ipv6, suite=suite)
+    assert headers + len(end.seal(1, bytes(mtu), NEXT_IPV4)) <= outer
+    assert headers + len(end.seal(1, bytes(mtu + 1), NEXT_IPV4)) > outer
 
 
 def test_the_inner_mtu_of_ethernet_is_what_linux_derives():

@@ -37,6 +37,7 @@ def assert_mated(alice, bob) -> None:
     assert (ours.key_in, ours.key_out) == (theirs.key_out, theirs.key_in)
     assert (ours.local, ours.remote) == (theirs.remote, theirs.local)
     assert (ours.suite, ours.esn) == (theirs.suite, theirs.esn)
+    assert ours.transport_mode is theirs.transport_mode
     assert ours.id in alice.used
     assert theirs.id in bob.used
 

@@ -321,7 +321,9 @@ def test_an_esp_spi_that_cannot_be_is_refused(spi):
 @pytest.mark.parametrize(
     "transforms",
     [
-        (Transform(1, 12, 256), Transform(3, 12), Transform(5, 0)),
+        (Transform(1, 12, 256), Transform(3, 2), Transform(5, 0)),
+        (Transform(1, 12, 256), Transform(5, 0)),
+        (Transform(1, 20, 256), Transform(3, 12), Transform(5, 0)),
         (Transform(1, 20, 257), Transform(5, 0)),
         (Transform(1, 20, -1), Transform(5, 0)),
         (Transform(1, 20, 256), Transform(5, 7)),

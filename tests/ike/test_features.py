@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from p2pvpn.core.child import EspSuite
 from p2pvpn.core.errors import WireError
 from p2pvpn.core.secret import Secret
-from p2pvpn.crypto.cbc import CbcSuite
 from p2pvpn.crypto.kex import KexMethod
 from p2pvpn.crypto.signatures import Scheme
 from p2pvpn.ike.auth import announced_methods, methods_notify
@@ -130,7 +129,7 @@ def test_a_key_share_that_is_none_ends_the_attempt():
     assert not bob.ike._by_id
 
 
-@pytest.mark.parametrize("cipher", [*EspSuite, *CbcSuite])
+@pytest.mark.parametrize("cipher", EspSuite)
 @pytest.mark.parametrize("kex", list(KexMethod)[:7])
 def test_every_cipher_and_every_key_exchange(cipher, kex):
     settings = {"ciphers": (cipher,), "kexes": (kex,), "fragment_bytes": 300}
@@ -144,6 +143,61 @@ def test_every_cipher_and_every_key_exchange(cipher, kex):
     world.run(1)
     assert alice.ike.view(1).suite == bob.ike.view(1).suite
     assert alice.ike.view(1).suite.startswith(cipher.name)
+
+
+@pytest.mark.parametrize("suite", EspSuite)
+def test_every_suite_of_a_child_sa_and_its_replacement(suite):
+    """Ciphers of built-in clients are never offered, but taken, and kept when what has them is replaced."""
+    world, alice, bob = two(member("alice"), member("bob"), ours={"esp_suites": (suite,)})
+    alice.initiate(bob)
+    world.run(1)
+    bob.do("rekey_child", 1, bob.ike.view(1).child_ids[0], world.now)
+    world.run(20)
+    assert_mated(alice, bob)
+    (child,) = bob.installed.values()
+    assert child.suite is suite
+    assert len(child.key_in.reveal()) == suite.keymat_bytes
+
+
+ENDS = {"local": selectors("192.0.2.1/32"), "remote": selectors("192.0.2.2/32")}
+
+
+HOSTS = {"alice": ("192.0.2.1/32",), "bob": ("192.0.2.2/32",)}
+
+
+def of_hosts():
+    """Identities that hold their own outer addresses."""
+    return [credential(ROOT, name, "ecdsa", blocks=HOSTS, local=HOSTS[name]) for name in HOSTS]
+
+
+@pytest.mark.parametrize("esn", [True, False])
+def test_transport_mode_between_the_ends_of_the_path(esn):
+    world, alice, bob = two(*of_hosts(), theirs={"transport_mode": True, "esn": esn}, ours={"transport_mode": True})
+    alice.initiate(bob, transport=True, **ENDS)
+    world.run(1)
+    assert_mated(alice, bob)
+    for host in (bob, alice):
+        host.do("rekey_child", 1, host.ike.view(1).child_ids[0], world.now)
+        world.run(20)
+        assert_mated(alice, bob)
+        for end in (alice, bob):
+            (child,) = end.installed.values()
+            assert child.transport_mode
+            assert child.esn is esn
+
+
+@pytest.mark.parametrize(
+    ("taken", "wish"),
+    [(False, ENDS), (True, {"local": selectors("fd00::a/128"), "remote": selectors("fd00::b/128")})],
+    ids=["not wanted", "other addresses"],
+)
+def test_transport_mode_becomes_tunnel_mode(taken, wish):
+    ends = of_hosts() if wish is ENDS else [member("alice"), member("bob")]
+    world, alice, bob = two(*ends, theirs={"transport_mode": taken})
+    alice.initiate(bob, transport=True, **wish)
+    world.run(1)
+    assert_mated(alice, bob)
+    assert not any(child.transport_mode for end in (alice, bob) for child in end.installed.values())
 
 
 def test_a_slow_group_is_taken_only_when_there_is_nothing_better():

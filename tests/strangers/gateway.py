@@ -13,6 +13,7 @@ import select
 import signal
 import time
 import traceback
+from typing import Any
 
 from p2pvpn.core.address import Endpoint, Path, any_local
 from p2pvpn.core.datagram import NON_ESP_MARKER, SPI_MARK, Kind, classify
@@ -24,7 +25,17 @@ from p2pvpn.host.netlink import Netlink
 from p2pvpn.host.underlay import Underlay
 from p2pvpn.ike.config import Credential, IkeSettings, Initiate
 from p2pvpn.ike.endpoint import IkeEndpoint
-from p2pvpn.ike.outputs import ChildRekeyed, SaClosed, SaEstablished, SaFailed, SaMoved, SaRekeyed
+from p2pvpn.ike.outputs import (
+    ChildFailed,
+    ChildRekeyed,
+    Liveness,
+    MoveFailed,
+    SaClosed,
+    SaEstablished,
+    SaFailed,
+    SaMoved,
+    SaRekeyed,
+)
 from p2pvpn.lab.net import Node
 from p2pvpn.mesh.ike_driver import IkeDriver
 
@@ -32,16 +43,31 @@ PORT = 4500
 WAIT_S = 20.0
 MTU = 1400
 USER = planes.Choice("user")
+TOLD = (SaEstablished, SaClosed, SaFailed, SaMoved, MoveFailed, SaRekeyed, ChildRekeyed, ChildFailed, Liveness)
+"""Events that the test's process may wait for."""
 
 
 class Gateway:
-    """One gateway on `node` with `inner` as its address on the tunnel; `initiate` makes it begin."""
+    """One gateway on `node` with `inner` as its address on the tunnel; `initiate` makes it begin.
+
+    `settings` are those of its endpoint, and `wish` is what is special about the SAs that it begins.
+    """
 
     def __init__(
-        self, node: Node, credential: Credential, inner: str, routes: list[str], plane: planes.Choice = USER
+        self,
+        node: Node,
+        credential: Credential,
+        inner: str,
+        routes: list[str],
+        plane: planes.Choice = USER,
+        *,
+        settings: IkeSettings | None = None,
+        **wish: Any,
     ) -> None:
         self.node = node
         self._plane = plane
+        self._settings = settings if settings is not None else IkeSettings()
+        self._wish = wish
         self._credential = credential
         self._inner = inner
         self._routes = routes
@@ -72,6 +98,10 @@ class Gateway:
         """Rekey the IKE SA ("ike") or its Child SA ("child")."""
         os.write(self._commands, f"rekey {what}\n".encode())
 
+    def move(self, local: str) -> None:
+        """Take the SA to another address of ours (MOBIKE)."""
+        os.write(self._commands, f"move {local}\n".encode())
+
     def wait_for(self, kind: str, timeout_s: float = WAIT_S) -> str:
         """The next event of that class. Raises TimeoutError."""
         deadline = time.monotonic() + timeout_s
@@ -89,10 +119,11 @@ class Gateway:
                 raise TimeoutError(f"the gateway ended; seen: {seen}")
             self._buffer += data
 
-    def close(self) -> None:
+    def close(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """End it, by SIGKILL without a chance to say so."""
         os.close(self._commands)
         os.close(self._reader)
-        os.kill(self._pid, signal.SIGTERM)
+        os.kill(self._pid, number)
         os.waitpid(self._pid, 0)
 
     # In the host.
@@ -107,7 +138,7 @@ class Gateway:
         await plane.open_network(self._credential.network, [ipaddress.ip_address(self._inner)], routes, MTU)
         children, spis = itertools.count(1), itertools.count(1)
         endpoint = IkeEndpoint(
-            IkeSettings(),
+            self._settings,
             os.urandom,
             lambda: next(children),
             lambda: SPI_MARK | int.from_bytes(os.urandom(3)) + next(spis),
@@ -115,7 +146,7 @@ class Gateway:
         endpoint.set_credentials([self._credential])
 
         def tell(output: Output) -> None:
-            if isinstance(output, SaEstablished | SaClosed | SaFailed | SaMoved | SaRekeyed | ChildRekeyed):
+            if isinstance(output, TOLD):
                 os.write(writer, f"{type(output).__name__} {output!r}\n".replace("\n", " ").encode() + b"\n")
 
         driver = IkeDriver(endpoint, underlay, plane, tell)
@@ -134,9 +165,13 @@ class Gateway:
             line = await orders.get()
             if not line:
                 return
-            if line.startswith(b"rekey"):
+            if line.startswith((b"rekey", b"move")):
                 (sa,) = endpoint.sa_ids()
-                if line.endswith(b"ike\n"):
+                if line.startswith(b"move"):
+                    local = Endpoint.of(line.decode().split()[1], PORT)
+                    path = endpoint.view(sa).path._replace(local=local)
+                    driver.post(lambda now, sa=sa, path=path: endpoint.move(sa, path, now))
+                elif line.endswith(b"ike\n"):
                     driver.post(lambda now, sa=sa: endpoint.rekey(sa, now))
                 else:
                     (child,) = endpoint.view(sa).child_ids
@@ -148,5 +183,6 @@ class Gateway:
                 remote_id=None,
                 local=self._credential.local_blocks,
                 remote=tuple(Selector.of_network(route) for route in self._routes),
+                **self._wish,
             )
             await driver.call(lambda now, request=request: endpoint.initiate(request, now))

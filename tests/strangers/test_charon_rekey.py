@@ -13,10 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from p2pvpn.core.child import EspSuite
 from p2pvpn.core.secret import Secret
-from p2pvpn.crypto.cbc import CbcSuite
 from p2pvpn.crypto.kex import KexMethod
-from p2pvpn.ike.config import IkeSettings
 from p2pvpn.ike.lease import Lease
 from p2pvpn.ike.outputs import ChildAdded, ChildRekeyed, SaClosed, SaEstablished, SaRekeyed
 from p2pvpn.lab.net import Lab
@@ -43,7 +42,7 @@ from .gateway import Gateway
 
 pytestmark = [pytest.mark.stranger, pytest.mark.netns]
 
-EVERYTHING = (*IkeSettings().ciphers, *CbcSuite)
+EVERYTHING = tuple(EspSuite)
 OUR_INNER, THEIR_INNER = "10.201.0.1", "10.202.0.1"
 
 

@@ -13,7 +13,7 @@ from collections import deque
 import numpy as np
 
 from p2pvpn.crypto.aead import BadIcv
-from p2pvpn.esp.packet import HEADER_BYTES, ICV_BYTES, IV_BYTES, SHORTEST_BYTES
+from p2pvpn.esp.packet import HEADER_BYTES, ICV_BYTES, IV_BYTES, SHORTEST_BYTES, Opener
 from p2pvpn.esp.sa import InboundSa
 
 from .rows import Rows
@@ -75,6 +75,8 @@ class Opening:
         if low + count - 1 > _LOW or np.count_nonzero(heads - steps != head):
             return None
         window, opener = sa.window, sa.opener
+        if not isinstance(opener, Opener):
+            return None
         first = window.whole(low)
         if first <= window.top:
             return None

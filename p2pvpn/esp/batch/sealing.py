@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from p2pvpn.esp.packet import HEADER_BYTES, ICV_BYTES, IV_BYTES
+from p2pvpn.esp.packet import HEADER_BYTES, ICV_BYTES, IV_BYTES, Sealer
 from p2pvpn.esp.sa import OutboundSa
 
 MAX_ROWS = 64
@@ -67,6 +67,8 @@ class Sealing:
         """The datagrams of `rows`, which have sequence numbers of the SA from `first` on, and behind them `tail`, a
         datagram that is sealed already. Valid until the next call."""
         sealer = sa.sealer
+        if not isinstance(sealer, Sealer):
+            raise TypeError("only combined ciphers seal batches")
         count = len(rows)
         if sa is not self._sa:
             self._salts[:] = np.frombuffer(sealer.salt, np.uint8)

@@ -81,7 +81,7 @@ class AuthRequest(Task):
         if wanted.request_lease:
             payloads.append(request())
         if not wanted.childless:
-            self._offer = ChildOffer.make(sa, wanted.local, wanted.remote, first=True)
+            self._offer = ChildOffer.make(sa, wanted.local, wanted.remote, first=True, transport=wanted.transport)
             payloads += self._offer.payloads
         return payloads + _auth_notifies(credential)
 

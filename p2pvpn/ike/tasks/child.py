@@ -15,8 +15,8 @@ from p2pvpn.core.secret import Secret
 from p2pvpn.core.selector import Selector, narrow
 from p2pvpn.ike.codes import Protocol
 from p2pvpn.ike.config import IkeSettings
-from p2pvpn.ike.message import Message
-from p2pvpn.ike.notifies import NotifyType
+from p2pvpn.ike.message import Message, notifications
+from p2pvpn.ike.notifies import Notify, NotifyType
 from p2pvpn.ike.payloads import KeyExchangeData, Payload, SecurityAssociation, SelectorsInitiator, SelectorsResponder
 from p2pvpn.ike.proposals import (
     Allowed,
@@ -24,7 +24,6 @@ from p2pvpn.ike.proposals import (
     Proposal,
     choose_child,
     chosen_child_untrusted,
-    offer_child,
     offers_child,
 )
 
@@ -48,11 +47,12 @@ class ChildTerms:
     spis: tuple[int, int]
     local: tuple[Selector, ...]
     remote: tuple[Selector, ...]
+    transport: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class ChildOffer:
-    """What we offered: our inbound SPI, the proposals, and the selectors of both sides.
+    """What we offered: our inbound SPI, the proposals, the selectors of both sides, and transport mode or not.
 
     `first` is the one of IKE_AUTH, which has no key exchange of its own.
     """
@@ -62,22 +62,35 @@ class ChildOffer:
     local: tuple[Selector, ...]
     remote: tuple[Selector, ...]
     first: bool
+    transport: bool = False
 
     @classmethod
-    def make(cls, sa: IkeSa, local: tuple[Selector, ...], remote: tuple[Selector, ...], *, first: bool) -> ChildOffer:
+    def make(
+        cls,
+        sa: IkeSa,
+        local: tuple[Selector, ...],
+        remote: tuple[Selector, ...],
+        *,
+        first: bool,
+        replaces: ChildSa | None = None,
+        transport: bool = False,
+    ) -> ChildOffer:
+        """A new one, or one like the Child SA that it `replaces`: the peer may know nothing but what is in use."""
         settings = sa.local.settings
+        suites = settings.esp_suites
+        if replaces is not None:
+            suites = tuple(dict.fromkeys((*suites, replaces.suite)))
+            transport = replaces.transport_mode
         spi = sa.local.allocate_spi()
         packed = spi.to_bytes(ESP_SPI_BYTES, "big")
-        if first:
-            proposals: tuple[Proposal, ...] = (offer_child(settings.esp_suites, settings.esn, packed),)
-        else:
-            kexes, more = settings.child_kexes, settings.child_additional_kexes
-            proposals = offers_child(settings.esp_suites, settings.esn, packed, kexes, more)
-        return cls(spi, proposals, local, remote, first)
+        kexes, more = ((), ()) if first else (settings.child_kexes, settings.child_additional_kexes)
+        proposals = offers_child(suites, settings.esn, packed, kexes, more)
+        return cls(spi, proposals, local, remote, first, transport)
 
     @property
     def payloads(self) -> list[Payload]:
         return [
+            *_transport_notify(self.transport),
             SecurityAssociation(self.proposals),
             SelectorsInitiator(self.local),
             SelectorsResponder(self.remote),
@@ -98,7 +111,8 @@ class ChildOffer:
         allowed = narrow(remote, blocks)[:MAX_SELECTORS]
         if not allowed:
             raise Refusal("the peer's identity does not hold its addresses", NotifyType.TS_UNACCEPTABLE)
-        return ChildTerms(suite, (self.spi, _spi_untrusted(proposal)), local, allowed)
+        transport = self.transport and message.notify(NotifyType.USE_TRANSPORT_MODE) is not None
+        return ChildTerms(suite, (self.spi, _spi_untrusted(proposal)), local, allowed, transport)
 
 
 def answer_offer(
@@ -124,14 +138,35 @@ def answer_offer(
         raise Refusal("a key share of another group", NotifyType.INVALID_KE_PAYLOAD, group)
     spi = sa.local.allocate_spi()
     chosen = Proposal(ours.number, Protocol.ESP, spi.to_bytes(ESP_SPI_BYTES, "big"), ours.transforms)
-    described: list[Payload] = [SecurityAssociation((chosen,)), SelectorsInitiator(remote), SelectorsResponder(local)]
-    return ChildTerms(suite, (spi, spi_out), local, remote), described
+    transport = _takes_transport(sa, message, local, remote)
+    described: list[Payload] = [
+        *_transport_notify(transport),
+        SecurityAssociation((chosen,)),
+        SelectorsInitiator(remote),
+        SelectorsResponder(local),
+    ]
+    return ChildTerms(suite, (spi, spi_out), local, remote, transport), described
+
+
+def _transport_notify(transport: bool) -> list[Payload]:
+    return [*notifications([Notify(NotifyType.USE_TRANSPORT_MODE)])] if transport else []
+
+
+def _takes_transport(sa: IkeSa, message: Message, local: tuple[Selector, ...], remote: tuple[Selector, ...]) -> bool:
+    """Transport mode is for what the two ends of the path say to each other, with no NAT that changes who they are.
+
+    Everything else that asks for it gets tunnel mode (RFC 7296 section 1.3.1).
+    """
+    if not sa.local.settings.transport_mode or message.notify(NotifyType.USE_TRANSPORT_MODE) is None:
+        return False
+    ends = ((local, sa.path.local), (remote, sa.path.remote))
+    return all(selector.start == selector.end == end.ip for selectors, end in ends for selector in selectors)
 
 
 def child_allowed(settings: IkeSettings, sent_group: int) -> Allowed:
     """What a Child SA of the peer's may be like: any key exchange that an IKE SA may have."""
     return Allowed(
-        settings.esp_suites,
+        settings.all_esp_suites,
         kexes=settings.kexes,
         additional=settings.known_additional,
         esn=settings.esn,
@@ -165,6 +200,7 @@ def make_child(
         remote=terms.remote,
         path=sa.path,
         esn=terms.suite.esn,
+        transport_mode=terms.transport,
     )
 
 

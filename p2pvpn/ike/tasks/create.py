@@ -62,8 +62,8 @@ class CreateChild(Creation):
         return sa.local.settings.child_kexes
 
     def offer(self, sa: IkeSa) -> list[Payload]:
-        offer = self._offer = ChildOffer.make(sa, self._local, self._remote, first=False)
         old = None if self.replaces is None else sa.children.get(self.replaces)
+        offer = self._offer = ChildOffer.make(sa, self._local, self._remote, first=False, replaces=old)
         if old is None:
             return offer.payloads
         spi = old.spi_in.to_bytes(ESP_SPI_BYTES, "big")
