@@ -23,6 +23,8 @@ def status(as_json: bool) -> None:
     )
     for line in _port_mapping_lines(answer["port_mapping"]):
         click.echo(line)
+    if answer.get("key_log"):
+        click.echo(f"KEYS ARE LOGGED to {answer['key_log']}: who reads it reads the traffic")
     for problem in answer["problems"]:
         click.echo(f"error: network {problem['network']}: {problem['message']}", err=True)
         click.echo(f"  {problem['hint']}", err=True)

@@ -54,6 +54,7 @@ class Daemon:
         self._stop = asyncio.Event()
         self._failure: LocalError | None = None
         self._quota = (0.0, 0)
+        self.key_log: KeyLogFile | None = None
 
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT. Raises LocalError when something that is needed cannot be had (any more)."""
@@ -92,7 +93,7 @@ class Daemon:
         settings = MachineSettings.load(state_root())
         self._mapper = PortMapper(netlink, is_on=settings.port_mapping)
         stack.push_async_callback(self._mapper.close)
-        key_log = KeyLogFile.from_environment()
+        key_log = self.key_log = KeyLogFile.from_environment()
         if key_log is not None:
             stack.callback(key_log.close)
         self.control = ControlServer(control_path(), Requests(self).handle)

@@ -65,6 +65,8 @@ class Requests:
             "plane_reason": daemon.plane_choice.reason,
             "up_s": round(daemon.up_s, 1),
             "port_mapping": daemon.node.outside.status(),
+            "key_log": str(daemon.key_log.directory) if daemon.key_log is not None else None,
+            "ike": daemon.node.ike_counters(),
             "networks": [network_status(network) for network in self._networks()],
             "problems": [*(problem.as_dict() for problem in daemon.problems), *self._clock_problems()],
         }

@@ -281,6 +281,17 @@ def ancillary(path: Path, traffic_class: int = 0) -> Ancillary:
     return out
 
 
+def reply_ancillary(received: Ancillary) -> Ancillary:
+    """Control messages for an answer from the address of ours that a datagram came to, whatever it was."""
+    out: Ancillary = []
+    for level, kind, data in received:
+        if level == socket.IPPROTO_IP and kind == _IP_PKTINFO:
+            out.append((level, kind, bytes(4) + data[4:8] + bytes(4)))
+        elif level == socket.IPPROTO_IPV6 and kind == socket.IPV6_PKTINFO:
+            out.append((level, kind, data[:16] + bytes(4)))
+    return out
+
+
 def local_address(received: Ancillary) -> str | None:
     """The address of ours that a datagram came to, from recvmsg's control messages."""
     for level, kind, data in received:

@@ -12,7 +12,16 @@ from collections.abc import Callable, Sequence
 from p2pvpn.core.address import Endpoint, IpNetwork, Path
 
 from .netlink import LocalAddress, Netlink
-from .udp import ANCILLARY_BYTES, MAX_DATAGRAM_BYTES, SharedPort, ancillary, local_address, open_plain, open_port
+from .udp import (
+    ANCILLARY_BYTES,
+    MAX_DATAGRAM_BYTES,
+    SharedPort,
+    ancillary,
+    local_address,
+    open_plain,
+    open_port,
+    reply_ancillary,
+)
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +33,11 @@ def _ignore_datagram(path: Path, data: bytes) -> None:
     """Before the engine listens."""
 
 
+def _screen_nothing(source: tuple[str, int], data: bytes) -> bytes | None:
+    """Before the engine listens."""
+    return None
+
+
 def _ignore_change() -> None:
     """Before the engine listens."""
 
@@ -33,6 +47,7 @@ class Underlay:
 
     def __init__(self, shared: SharedPort, netlink: Netlink, addresses: tuple[LocalAddress, ...]) -> None:
         self.on_datagram: Callable[[Path, bytes], None] = _ignore_datagram
+        self.screen: Callable[[tuple[str, int], bytes], bytes | None] = _screen_nothing
         self.on_change: Callable[[], None] = _ignore_change
         self._shared = shared
         self._netlink = netlink
@@ -111,6 +126,12 @@ class Underlay:
                 return
             except OSError:
                 continue  # a soft error of an earlier datagram
+            answer = self.screen(source[:2], data)
+            if answer is not None:
+                if answer:
+                    with contextlib.suppress(OSError):
+                        sock.sendmsg([answer], reply_ancillary(control), 0, source)
+                continue
             host = local_address(control)
             if host is not None:
                 path = Path(Endpoint(host, port), Endpoint.of(source[0], source[1]))

@@ -1,6 +1,6 @@
 """Stateless cookies against floods of half-open SAs (RFC 7296 section 2.6).
 
-    cookie: | generation u32 | HMAC-SHA256(secret of that generation, Ni | address | SPIi), first 16 bytes |
+    cookie: | generation u32 | HMAC-SHA256(secret of that generation, address | 0 | SPIi | Ni), first 16 bytes |
 
 A cookie proves that its bearer receives packets at the address it sends from. The secret changes once a minute, and
 the one before stays good, so a cookie lives one to two minutes.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hmac
 
-from p2pvpn.core.address import Endpoint
 from p2pvpn.core.ports import Entropy
 
 MAX_COOKIE_BYTES = 64
@@ -42,20 +41,20 @@ class CookieJar:
             del self._secrets[old]
         self._made_at = now
 
-    def make(self, source: Endpoint, spi_i: bytes, nonce_i: bytes, now: float) -> bytes:
+    def make(self, host: str, spi_i: bytes, nonce_i: bytes, now: float) -> bytes:
         """The cookie to ask for."""
         self._rotate(now)
-        return self._cookie(self._generation, source, spi_i, nonce_i)
+        return self._cookie(self._generation, host, spi_i, nonce_i)
 
-    def holds(self, cookie: bytes, source: Endpoint, spi_i: bytes, nonce_i: bytes, now: float) -> bool:
+    def holds(self, cookie: bytes, host: str, spi_i: bytes, nonce_i: bytes, now: float) -> bool:
         """Whether we made this cookie for this request lately."""
         self._rotate(now)
         generation = int.from_bytes(cookie[:_GENERATION_BYTES], "big")
         if generation not in self._secrets:
             return False
-        return hmac.compare_digest(cookie, self._cookie(generation, source, spi_i, nonce_i))
+        return hmac.compare_digest(cookie, self._cookie(generation, host, spi_i, nonce_i))
 
-    def _cookie(self, generation: int, source: Endpoint, spi_i: bytes, nonce_i: bytes) -> bytes:
-        text = nonce_i + source.ip.packed + spi_i
+    def _cookie(self, generation: int, host: str, spi_i: bytes, nonce_i: bytes) -> bytes:
+        text = host.encode("ascii") + b"\0" + spi_i + nonce_i
         tag = hmac.digest(self._secrets[generation], text, "sha256")[:_TAG_BYTES]
         return generation.to_bytes(_GENERATION_BYTES, "big") + tag

@@ -8,14 +8,12 @@ one is due, offers something acceptable, and its sender has not too many half-op
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import heapq
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from p2pvpn.core.address import Endpoint, Path
+from p2pvpn.core.address import Path
 from p2pvpn.core.errors import LocalError, TrustError, WireError
 from p2pvpn.core.limits import SourceLimiter, TokenBucket
 from p2pvpn.core.output import Output, Transmit
@@ -23,12 +21,11 @@ from p2pvpn.core.ports import Entropy
 from p2pvpn.core.secret import Secret
 from p2pvpn.core.selector import Selector
 
-from .codes import Exchange, PayloadType
+from .codes import Exchange
 from .config import Credential, IkeSettings, Initiate, Local, RemoteIdentity
-from .cookies import MAX_COOKIE_BYTES, CookieJar
+from .doorstep import Doorstep, InitCounts, cookie_answer, network_of
 from .keylog import KeySink
 from .message import (
-    HEADER_BYTES,
     NO_SPI,
     SPI_BYTES,
     CriticalPayloadError,
@@ -38,11 +35,9 @@ from .message import (
     notifications,
     parse_clear_untrusted,
     parse_header_untrusted,
-    walk_untrusted,
 )
 from .notifies import Notify, NotifyType
 from .outputs import Refused
-from .payloads import MAX_NONCE_BYTES, MIN_NONCE_BYTES, Notification
 from .receiving import receive
 from .rules import check_untrusted
 from .sa import IkeSa
@@ -104,13 +99,9 @@ class IkeEndpoint:
         self._last_id = 0
         self._by_id: dict[int, IkeSa] = {}
         self._by_spi: dict[bytes, IkeSa] = {}
-        self._inits: dict[tuple[Endpoint, bytes], IkeSa] = {}
-        self._init_of: dict[bytes, tuple[Endpoint, bytes]] = {}
-        self._half_open: Counter[str] = Counter()
-        self._source_of: dict[int, str] = {}
+        self._doorstep = Doorstep(settings, entropy)
         self._deadlines: list[tuple[float, int]] = []
         self._scheduled: dict[int, float] = {}
-        self._cookies = CookieJar(entropy)
         self._errors: SourceLimiter[str] = SourceLimiter(
             settings.error_answers_per_s, 2 * settings.error_answers_per_s, LIMITED_SOURCES
         )
@@ -294,27 +285,42 @@ class IkeEndpoint:
 
     # IKE_SA_INIT of strangers
 
+    def screen(self, source: tuple[str, int], data: bytes, now: float) -> bytes | None:
+        """What to send back at once, while strangers crowd in and this is one of them; None: hand it to `handle`.
+
+        Empty bytes say that it gets no answer at all. `source` has its host in normal form, as `Endpoint` does.
+        """
+        return self._doorstep.screen(source, data, now)
+
+    @property
+    def init_counts(self) -> InitCounts:
+        """What strangers asked for so far."""
+        return self._doorstep.counts
+
+    @property
+    def half_open(self) -> int:
+        """SAs whose initiator has not proved who it is."""
+        return self._doorstep.half_open
+
     def _handle_init(
         self, path: Path, header: Header, data: bytes, now: float, *, is_carried: bool = False
     ) -> list[Output]:
-        settings = self._local.settings
-        key = (path.remote, hashlib.sha256(data).digest())
-        known = self._inits.get(key)
+        doorstep, host = self._doorstep, path.remote.host
+        doorstep.counts.requests += 1
+        known = doorstep.known(path.remote, data)
         if known is not None:
             known.repeat_init(path, now)
             return self._collect(known, now)
-        source = _source(path.remote)
-        crowd, here = len(self._source_of), self._half_open[source]
-        if not self._local.credentials or len(self._by_id) >= settings.sa_max:
+        if not self._local.credentials or len(self._by_id) >= self._local.settings.sa_max:
             return []
         try:
-            if not is_carried and (crowd >= settings.cookie_total or here >= settings.cookie_per_source):
-                wanted = self._cookie_untrusted(path, header, data, now)
+            if not is_carried and doorstep.is_crowded(host):
+                wanted = doorstep.cookie_untrusted(host, data, now)
                 if wanted is not None:
-                    return [self._say(path, header, wanted)]
-            if crowd >= settings.half_open_max or here >= settings.half_open_per_source:
+                    return [Transmit(path, cookie_answer(data, wanted))]
+            if doorstep.is_full(host):
                 return []
-            return self._answer_init(path, data, key, now)
+            return self._answer_init(path, data, now)
         except Refusal as refusal:
             return self._error(path, header, refusal.notify, now)
         except CriticalPayloadError as problem:
@@ -323,24 +329,7 @@ class IkeEndpoint:
         except (WireError, TrustError):
             return self._error(path, header, Notify(NotifyType.INVALID_SYNTAX), now)
 
-    def _cookie_untrusted(self, path: Path, header: Header, data: bytes, now: float) -> Notify | None:
-        """The cookie to ask for; None when the request carries it. Looks at no more than generic headers."""
-        bodies = dict[int, bytes]()
-        for kind, _, body in walk_untrusted(data[16], data[HEADER_BYTES:]):
-            bodies.setdefault(kind, body)
-        nonce = bodies.get(PayloadType.NONCE, b"")
-        if not MIN_NONCE_BYTES <= len(nonce) <= MAX_NONCE_BYTES:
-            raise WireError("no nonce")
-        if data[16] == PayloadType.NOTIFY:
-            first = Notification(**Notification.LAYOUT.parse_untrusted(bodies[PayloadType.NOTIFY]))
-            if first.type == NotifyType.COOKIE:
-                if not 1 <= len(first.data) <= MAX_COOKIE_BYTES:
-                    raise WireError("a cookie of a length that cannot be")
-                if self._cookies.holds(first.data, path.remote, header.spi_i, nonce, now):
-                    return None
-        return Notify(NotifyType.COOKIE, self._cookies.make(path.remote, header.spi_i, nonce, now))
-
-    def _answer_init(self, path: Path, data: bytes, key: tuple[Endpoint, bytes], now: float) -> list[Output]:
+    def _answer_init(self, path: Path, data: bytes, now: float) -> list[Output]:
         """A new half-open SA.
 
         An initiator that begins anew (with a cookie, say) gets one more: somebody else may have made it do so, and the
@@ -352,10 +341,7 @@ class IkeEndpoint:
         header = message.header
         sa = IkeSa(self._local, self._next_id(), path, initiator=False, spi_i=header.spi_i, spi_r=self._fresh_spi())
         sa.answer_init(init.answer(sa, Received(message, path, data), choice), path, now)
-        self._inits[key] = sa
-        self._init_of[sa.local_spi] = key
-        self._source_of[sa.id] = _source(path.remote)
-        self._half_open[self._source_of[sa.id]] += 1
+        self._doorstep.enter(sa, path.remote, data)
         self._add(sa)
         return self._collect(sa, now)
 
@@ -368,7 +354,7 @@ class IkeEndpoint:
         return self._error(path, header, Notify(NotifyType.INVALID_MAJOR_VERSION), now)
 
     def _error(self, path: Path, header: Header, notify: Notify, now: float) -> list[Output]:
-        if not self._errors.take(_source(path.remote), now):
+        if not self._errors.take(network_of(path.remote.host), now):
             return []
         return [self._say(path, header, notify)]
 
@@ -403,7 +389,7 @@ class IkeEndpoint:
     def _collect(self, sa: IkeSa, now: float) -> list[Output]:
         """The outputs of the SA and of its kin; the tables follow what became of them."""
         if not sa.is_half_open or sa.state is State.CLOSED:
-            self._leave_half_open(sa)
+            self._doorstep.leave(sa)
         out: list[Output] = []
         family = [sa, *sa.kin]
         for one in family:
@@ -432,20 +418,11 @@ class IkeEndpoint:
                 out += self._collect(other, now)
         return out
 
-    def _leave_half_open(self, sa: IkeSa) -> None:
-        source = self._source_of.pop(sa.id, None)
-        if source is not None:
-            self._half_open[source] -= 1
-            if not self._half_open[source]:
-                del self._half_open[source]
-
     def _forget(self, sa: IkeSa) -> None:
         self._by_id.pop(sa.id, None)
         self._by_spi.pop(sa.local_spi, None)
         self._scheduled.pop(sa.id, None)
-        key = self._init_of.pop(sa.local_spi, None)
-        if key is not None:
-            del self._inits[key]
+        self._doorstep.forget(sa)
         for one in sa.kin:
             one.kin.remove(sa)
         sa.kin = []
@@ -462,10 +439,3 @@ def _go_on(sa: IkeSa, path: Path, answer: bytes, now: float) -> None:
     waiting = sa.requests.outstanding
     if waiting is not None and waiting.path != path:
         sa.redirect(path, waiting.limit, now)
-
-
-def _source(endpoint: Endpoint) -> str:
-    """What counts as one source: an IPv4 address, or an IPv6 /64."""
-    if not endpoint.is_ipv6:
-        return endpoint.host
-    return endpoint.ip.packed[:8].hex()

@@ -8,7 +8,7 @@
     arp_nd_icmp  ARP, ICMP, ICMPv6 (with neighbour discovery)
     unexpected   anything else
 
-The key log is a directory (`P2PVPN_KEYLOG`) of files with one JSON object a line:
+The key log is a directory (`P2PVPN_KEYLOG`) with files (*.jsonl) of one JSON object a line:
 `{"kind": "esp", "spi": int, "suite": "AES_GCM_16_256", "key": hex of key and salt, "esn": bool}`. The code here shares
 nothing with `p2pvpn.esp` but the cipher, so that the one checks the other.
 """
@@ -69,7 +69,7 @@ class KeyLog:
 
     def __init__(self, directory: Path) -> None:
         self._ciphers: dict[bytes, list[tuple[Aead, bool]]] = {}
-        for file in sorted(directory.iterdir()) if directory.is_dir() else ():
+        for file in sorted(directory.glob("*.jsonl")):
             for line in file.read_text().splitlines():
                 entry = json.loads(line)
                 if entry["kind"] == "esp":

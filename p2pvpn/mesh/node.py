@@ -94,7 +94,8 @@ class Node:
         """Network by IKE SA."""
         children = count(1)
         settings = IkeSettings(liveness_s=tuning.liveness_s, move_tries=MOVE_TRIES)
-        endpoint = IkeEndpoint(settings, entropy, lambda: next(children), self._allocate_spi)
+        sink = key_log.line if key_log is not None else None
+        endpoint = IkeEndpoint(settings, entropy, lambda: next(children), self._allocate_spi, sink)
         lines = Lines(streams, tuning.stream_linger_s)
         if streams is not None:
             streams.may_reach = self._may_reach
@@ -125,6 +126,7 @@ class Node:
         self._settling: asyncio.TimerHandle | None = None
         self.services.suspect = self._look_outside
         underlay.on_datagram = self._on_datagram
+        underlay.screen = self._screen
         underlay.on_change = self.network_changed
         plane.on_trapped = self._on_trapped
         plane.on_moved = self._on_moved
@@ -211,7 +213,23 @@ class Node:
                 self._spis[spi] = 0
                 return spi
 
+    def ike_counters(self) -> dict[str, int]:
+        """What strangers asked of us."""
+        endpoint = self.services.ike.endpoint
+        counts = endpoint.init_counts
+        return {
+            "init_requests": counts.requests,
+            "cookies_asked": counts.cookies_asked,
+            "half_open": endpoint.half_open,
+        }
+
     # Inbound.
+
+    def _screen(self, source: tuple[str, int], data: bytes) -> bytes | None:
+        if data[:4] != NON_ESP_MARKER:
+            return None
+        answer = self.services.ike.endpoint.screen(source, data[4:], self.services.now)
+        return NON_ESP_MARKER + answer if answer else answer
 
     def _on_datagram(self, path: Path, data: bytes) -> None:
         kind = classify(data)

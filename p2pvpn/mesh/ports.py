@@ -24,6 +24,9 @@ class Underlay(Protocol):
 
     on_datagram: Callable[[Path, bytes], None]
     """Called for each datagram that is not for the ESP socket; `path.local.host` is the address it came to."""
+    screen: Callable[[tuple[str, int], bytes], bytes | None]
+    """Asked before `on_datagram`, with source and datagram: what to send back at once, empty for nothing, or None when
+    the datagram is to go its way. A flood must not cost more than that."""
     on_change: Callable[[], None]
     """Called when an address, a link or the default route of the machine changed."""
 
@@ -239,9 +242,13 @@ Renew = Callable[[Endpoint, bytes], Awaitable[bytes]]
 
 
 class KeyLog(Protocol):
-    """Where ESP keys are written for the owner's own analysis, if he asked for it."""
+    """Where keys are written for the owner's own analysis, if he asked for it."""
 
     def child(self, child: ChildSa) -> None: ...
+
+    def line(self, table: str, line: str) -> None:
+        """One line of one of Wireshark's tables, IKE's or ESP's."""
+        ...
 
 
 class Resolver(Protocol):

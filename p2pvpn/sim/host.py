@@ -43,10 +43,12 @@ class SimUnderlay:
     """mesh.ports.Underlay: the control half of the SO_REUSEPORT pair; ESP goes to the plane."""
 
     on_datagram: Callable[[Path, bytes], None]
+    screen: Callable[[tuple[str, int], bytes], bytes | None]
     on_change: Callable[[], None]
 
     def __init__(self, host: SimHost, ports: Sequence[int]) -> None:
         self.on_datagram = _ignore_datagram
+        self.screen = _screen_nothing
         self.on_change = _ignore_change
         self.ports = tuple(ports)
         """Port numbers that the socket listens on: the shared one first, then those where only STUN is answered."""
@@ -97,8 +99,12 @@ class SimUnderlay:
     def _receive(self, local: Endpoint, remote: Endpoint, data: bytes) -> None:
         if data and data[0] >> 6 == 3:
             self._host.plane.receive(remote, data)
-        else:
+            return
+        answer = self.screen(remote, data)
+        if answer is None:
             self.on_datagram(Path(local, remote), data)
+        elif answer:
+            self.send(Path(local, remote), answer)
 
 
 class MemoryStore:
@@ -354,6 +360,11 @@ def _host_task(
 
 def _ignore_datagram(path: Path, data: bytes) -> None:
     """Until the engine listens."""
+
+
+def _screen_nothing(source: tuple[str, int], data: bytes) -> bytes | None:
+    """Until the engine listens."""
+    return None
 
 
 def _ignore_change() -> None:

@@ -381,7 +381,7 @@ def test_an_end_after_a_rekeying_is_an_end():
     for host in (alice, bob):
         assert not host.ike._by_id
         assert not host.ike._by_spi
-        assert not host.ike._inits
+        assert not host.ike._doorstep._inits
         assert not host.installed
 
 

@@ -10,6 +10,7 @@ import contextlib
 import os
 import random
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -199,3 +200,47 @@ def test_a_flood_costs_nobody_a_packet(field: Field, name: str, capsys: pytest.C
     assert told <= SECONDS + 3
     assert "Traceback" not in field.hub.log()
     assert field.stage.b.ping(field.overlay, wait_s=5.0)
+
+
+INIT_RATE = float(os.environ.get("P2PVPN_INIT_RATE", "20000"))
+MAX_INIT_GROWTH_KB = 10_000
+HONEST_S = 1.0
+
+
+def attach_s(field: Field) -> float:
+    """How long a member whose daemon starts anew takes to its hub, from its first datagram on."""
+    field.b.kill()
+    field.b.ok("up")
+    deadline = time.monotonic() + 30
+    while not field.stage.b.ping(field.overlay, wait_s=1.0):
+        assert time.monotonic() < deadline
+    print(field.b.log()[-4000:])
+    return 0.0
+
+
+def test_first_messages_from_everywhere_are_counted_and_leave_room_for_an_honest_one(
+    field: Field, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """131,072 sources that are nobody's; the daemon's own count says how many of the requests it looked at."""
+    field.stage.lab.internet.ip(f"route add 198.18.0.0/15 via {EVIL}")
+    field.evil.run(["iptables", "-A", "INPUT", "-s", HUB, "-j", "DROP"])
+
+    def start(seconds: float) -> subprocess.Popen[str]:
+        argv = [sys.executable, "-m", "p2pvpn.lab.init_flood", HUB, "4500", str(INIT_RATE), str(seconds)]
+        return field.evil.popen(argv, stdout=subprocess.PIPE)
+
+    def counted() -> int:
+        return int(field.hub.ok("status", "--json").json["ike"]["init_requests"])
+
+    start(SECONDS / 2).communicate()  # tables fill once
+    memory, before = memory_kb(field.hub), counted()
+    running = start(SECONDS + 1)
+    time.sleep(1)
+    honest_s = attach_s(field)
+    sent, took_s = map(float, running.communicate()[0].split())
+    time.sleep(0.5)
+    seen, grown = counted() - before, memory_kb(field.hub) - memory
+    with capsys.disabled():
+        print(f"\n| IKE_SA_INIT, spoofed | {sent / took_s:,.0f} | {seen / took_s:,.0f} | {honest_s:.2f} | {grown:+,} |")
+    assert grown < MAX_INIT_GROWTH_KB
+    assert honest_s < HONEST_S
