@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 CORES := p2pvpn/core/*,p2pvpn/crypto/*,p2pvpn/identity/*,p2pvpn/dht/*,p2pvpn/punch/*,p2pvpn/ike/*,p2pvpn/esp/*,p2pvpn/relay/*
 
-.PHONY: help demo test check lint unit coverage bench bench-ike fuzz schedules sim nat-grid upgrades bad-input fresh clean
+.PHONY: help demo test check lint unit coverage bench bench-ike fuzz schedules sim nat-grid upgrades bad-input flood planes fresh clean
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -61,6 +61,9 @@ upgrades: $(VENV)/.test ## twenty upgrades and fall-backs at 1,000 packets a sec
 bad-input: $(VENV)/.test ## 200 kills at random moments, floods at 50,000 packets a second beside an honest ping
 	P2PVPN_MOMENTS=200 P2PVPN_FLOOD_RATE=50000 P2PVPN_FLOOD_S=10 \
 		$(BIN)/pytest tests/lab/test_bad_ends.py tests/lab/test_bad_floods.py $(ARGS)
+
+flood: $(VENV)/.test ## 20,000 spoofed IKE_SA_INITs a second at a hub, and three honest ones: needs an idle machine
+	P2PVPN_FLOOD_S=10 $(BIN)/pytest -s tests/lab/test_bad_floods.py -k first_messages $(ARGS)
 
 planes: $(VENV)/.test ## the kernel plane in User-Mode Linux: the shared suite, strongSwan, kill -9
 	$(BIN)/pytest tests/planes/test_in_uml.py $(ARGS)

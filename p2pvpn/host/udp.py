@@ -1,12 +1,14 @@
-"""The shared UDP port: per address family a pair of sockets that the kernel sorts datagrams into.
+"""The shared UDP port: per address family three sockets that the kernel sorts datagrams into.
 
                                classic BPF on the SO_REUSEPORT group
-    datagram on port 4500 -->  two top bits 11?  -- yes -->  socket 1: ESP
-                                                 -- no --->  socket 0: IKE, STUN, keepalives: control
+    datagram on port 4500 -->  two top bits 11?            -- yes -->  socket 1: ESP
+                          -->  IKE_SA_INIT, no cookie yet? -- yes -->  socket 2: strangers
+                          -->  else                        ------->    socket 0: IKE, STUN, keepalives: control
 
-Both are bound to the wildcard address with packet info, so that new addresses of the machine need no new socket; the
-local address of a path goes along with each datagram. `core.datagram` is the specification of the sorting. This module
-imports no asyncio: the worker process uses it too.
+So a flood of first messages overflows a buffer of its own, and neither those who stand nor those who brought a cookie
+notice. All are bound to the wildcard address with packet info, so that new addresses of the machine need no new socket;
+the local address of a path goes along with each datagram. `core.datagram` is the specification of the sorting. This
+module imports no asyncio: the worker process uses it too.
 """
 
 from __future__ import annotations
@@ -26,8 +28,10 @@ from p2pvpn.core.errors import Fault, LocalError
 RECEIVE_BUFFER_BYTES = 8 << 20
 """50 ms of a gigabit, counted with the kernel's own overhead for each packet."""
 SEND_BUFFER_BYTES = 4 << 20
+STRANGERS_BUFFER_BYTES = 1 << 20
+"""2,700 first messages: what waits longer than a tenth of a second in a flood is sent again anyhow."""
 MAX_DATAGRAM_BYTES = 65535
-CONTROL_INDEX, ESP_INDEX = 0, 1
+CONTROL_INDEX, ESP_INDEX, STRANGERS_INDEX = 0, 1, 2
 """Order of binding, which is what the program's result counts."""
 
 _SO_ATTACH_REUSEPORT_CBPF = 51
@@ -41,35 +45,48 @@ _IN6_PKTINFO = struct.Struct("=16si")
 ANCILLARY_BYTES = 128
 """Room for packet info and traffic class of either family."""
 _PROGRAM = (
-    (0x30, 0, 0, 0),  # ldb [0]: the first byte of the UDP payload; an empty datagram ends the program with 0
+    (0x30, 0, 0, 0),  # ldb [0]: the first byte of the UDP payload; loads beyond its end end the program with 0
     (0x54, 0, 0, 0xC0),  # and #0xc0
-    (0x15, 0, 1, 0xC0),  # jeq #0xc0, next, over it
-    (0x06, 0, 0, ESP_INDEX),  # ret
-    (0x06, 0, 0, CONTROL_INDEX),  # ret
+    (0x15, 12, 0, 0xC0),  # jeq #0xc0, esp
+    (0x20, 0, 0, 0),  # ld [0]: the non-ESP marker
+    (0x15, 0, 9, 0),  # jeq #0, next, control
+    (0x20, 0, 0, 12),  # ld [12]: the responder's SPI
+    (0x15, 0, 7, 0),
+    (0x20, 0, 0, 16),
+    (0x15, 0, 5, 0),
+    (0x30, 0, 0, 20),  # ldb [20]: the first payload
+    (0x15, 3, 0, 41),  # jeq #NOTIFY, control
+    (0x30, 0, 0, 22),  # ldb [22]: the exchange
+    (0x15, 0, 1, 34),  # jeq #IKE_SA_INIT, next, control
+    (0x06, 0, 0, STRANGERS_INDEX),  # ret
+    (0x06, 0, 0, CONTROL_INDEX),  # control: ret
+    (0x06, 0, 0, ESP_INDEX),  # esp: ret
 )
 
 Ancillary = list[tuple[int, int, bytes]]
 
 
 @dataclass(frozen=True, slots=True)
-class UdpPair:
-    """The two sockets of one family, both non-blocking."""
+class UdpSockets:
+    """The three sockets of one family, all non-blocking."""
 
     family: int
     control: socket.socket
     esp: socket.socket
+    strangers: socket.socket
 
     def close(self) -> None:
         self.control.close()
         self.esp.close()
+        self.strangers.close()
 
 
 @dataclass(frozen=True, slots=True)
 class SharedPort:
-    """The pairs of all families that the machine has, on one port, and the lock that keeps a second daemon off it."""
+    """The sockets of all families that the machine has, on one port, and the lock that keeps a second daemon off it."""
 
     port: int
-    pairs: tuple[UdpPair, ...]
+    pairs: tuple[UdpSockets, ...]
     lock: socket.socket
 
     def close(self) -> None:
@@ -97,7 +114,7 @@ def open_port(port: int) -> SharedPort:
 
 def _open(port: int) -> SharedPort:
     lock = _lock(port)
-    pairs: list[UdpPair] = []
+    pairs: list[UdpSockets] = []
     try:
         for family in (socket.AF_INET, socket.AF_INET6):
             pair = _open_pair(family, port)
@@ -128,8 +145,8 @@ def _lock(port: int) -> socket.socket:
     return lock
 
 
-def _open_pair(family: int, port: int) -> UdpPair | None:
-    """The pair, or None when the machine does not have this family."""
+def _open_pair(family: int, port: int) -> UdpSockets | None:
+    """The sockets, or None when the machine does not have this family."""
     try:
         with _udp_socket(family) as probe:
             probe.bind(("", port))
@@ -137,23 +154,24 @@ def _open_pair(family: int, port: int) -> UdpPair | None:
         if error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
             return None
         raise _bind_error(port, error) from None
-    control, esp = _udp_socket(family), _udp_socket(family)
+    control, esp, strangers = sockets = [_udp_socket(family) for _ in range(3)]
     try:
-        for sock in (control, esp):  # in this order: the program's result counts it
+        for sock in sockets:  # in this order: the program's result counts it
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             sock.setblocking(False)
-            _set_buffers(sock)
+            _set_buffers(sock, STRANGERS_BUFFER_BYTES if sock is strangers else RECEIVE_BUFFER_BYTES)
             sock.bind(("", port))
         _attach(control)
         _receive_packet_info(control)
+        _receive_packet_info(strangers)
         _receive_traffic_class(esp)
         _receive_batches(esp)
         allow_fragments(esp, allowed=False)
     except OSError as error:
-        control.close()
-        esp.close()
+        for sock in sockets:
+            sock.close()
         raise _bind_error(port, error) from None
-    return UdpPair(family, control, esp)
+    return UdpSockets(family, control, esp, strangers)
 
 
 def open_plain(port: int) -> tuple[socket.socket, ...]:
@@ -192,9 +210,9 @@ def _udp_socket(family: int) -> socket.socket:
     return sock
 
 
-def _set_buffers(sock: socket.socket) -> None:
+def _set_buffers(sock: socket.socket, receive_bytes: int) -> None:
     for force, plain, size in (
-        (_SO_RCVBUFFORCE, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES),
+        (_SO_RCVBUFFORCE, socket.SO_RCVBUF, receive_bytes),
         (_SO_SNDBUFFORCE, socket.SO_SNDBUF, SEND_BUFFER_BYTES),
     ):
         try:

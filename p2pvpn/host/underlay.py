@@ -59,6 +59,7 @@ class Underlay:
         """By family and port: the shared port first, then those of `listen_at`."""
         for pair in shared.pairs:
             self._listen(pair.control, shared.port)
+            self._loop.add_reader(pair.strangers, self._receive, pair.strangers, shared.port)
         netlink.watch(self._on_change)
 
     @classmethod
@@ -72,6 +73,8 @@ class Underlay:
         self._netlink.unwatch(self._on_change)
         if self._looking is not None:
             self._looking.cancel()
+        for pair in self._shared.pairs:
+            self._loop.remove_reader(pair.strangers)
         for (_, port), sock in self._sockets.items():
             self._loop.remove_reader(sock)
             if port != self.port:

@@ -17,8 +17,9 @@ import time
 
 from p2pvpn.core.address import Endpoint, Path
 from p2pvpn.core.datagram import NON_ESP_MARKER
+from p2pvpn.core.errors import TrustError
 from p2pvpn.core.output import Transmit
-from p2pvpn.ike.config import Credential, IkeId, IkeSettings, Initiate
+from p2pvpn.ike.config import Credential, IkeId, IkeSettings, Initiate, RemoteIdentity
 from p2pvpn.ike.endpoint import IkeEndpoint
 
 PREPARED = 5000
@@ -33,7 +34,7 @@ STEP = 20
 
 def request() -> bytes:
     """An IKE_SA_INIT request of ours, as it comes without asking who we are."""
-    nobody = Credential("", IkeId.fqdn("flood.invalid"), (), (), _unused, (), _unused, ())
+    nobody = Credential("", IkeId.fqdn("flood.invalid"), (), (), _sign, (), _verify, ())
     here, there = Endpoint("198.18.0.1", 4500), Endpoint("192.0.2.1", 4500)
     endpoint = IkeEndpoint(IkeSettings(), os.urandom, lambda: 1, lambda: 0xC0000001)
     _, outputs = endpoint.initiate(Initiate(nobody, Path(here, there), None, childless=True), 0.0)
@@ -41,8 +42,12 @@ def request() -> bytes:
     return sent.data
 
 
-def _unused(*_: object) -> bytes:
-    raise NotImplementedError
+def _sign(scheme: object, data: bytes) -> bytes:
+    raise TrustError("nobody signs")
+
+
+def _verify(named: IkeId, certificates: tuple[bytes, ...]) -> RemoteIdentity:
+    raise TrustError("nobody is trusted")
 
 
 def packets(target: str, port: int, seed: int) -> list[bytes]:

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from p2pvpn.core.address import Endpoint, Path
-from p2pvpn.core.datagram import Kind, classify
+from p2pvpn.core.datagram import Kind, classify, is_first_message
 from p2pvpn.core.errors import LocalError
 from p2pvpn.host.udp import ancillary, local_address, open_port, path_mtu, received
 
@@ -36,9 +36,9 @@ def shared(node):
 
 
 def arrivals(pair):
-    """Everything that waits at the two sockets."""
-    out = {"control": [], "esp": []}
-    for name, sock in (("control", pair.control), ("esp", pair.esp)):
+    """Everything that waits at the sockets."""
+    out = {"control": [], "esp": [], "strangers": []}
+    for name, sock in (("control", pair.control), ("esp", pair.esp), ("strangers", pair.strangers)):
         while select.select([sock], [], [], 0)[0]:
             out[name].append(sock.recv(65535))
     return out
@@ -48,15 +48,25 @@ def arrivals(pair):
 def test_the_kernel_sorts_as_the_specification_says(shared, family):
     pair = next(pair for pair in shared.pairs if pair.family == family)
     with socket.socket(family, socket.SOCK_DGRAM) as sender:
-        wanted = {"control": [], "esp": []}
+        wanted = {"control": [], "esp": [], "strangers": []}
+        first = bytes(4) + b"initiate" + bytes(8) + bytes([33, 0x20, 34, 8]) + bytes(60)
+        kinds = [first[:at] + bytes([octet]) + first[at + 1 :] for at in range(24) for octet in (0, 1, 34, 41, 0xC0)]
+        kinds += [first[:size] for size in range(1, 30)]
         samples = [bytes([first]) + bytes(size) for first in range(256) for size in (7, 40)]
-        for data in [*samples, b"", bytes(4) + b"an IKE message", b"\x00\x01\x00\x00\x21\x12\xa4\x42" + bytes(12)]:
+        for data in [
+            *samples,
+            *kinds,
+            b"",
+            bytes(4) + b"an IKE message",
+            b"\x00\x01\x00\x00\x21\x12\xa4\x42" + bytes(12),
+        ]:
             sender.sendto(data, (LOOPBACK[family], 4500))
             kind = classify(data)
-            wanted["esp" if kind is Kind.ESP else "control"].append(data)
+            rest = "strangers" if is_first_message(data) else "control"
+            wanted["esp" if kind is Kind.ESP else rest].append(data)
         came = arrivals(pair)
-    assert sorted(came["control"]) == sorted(wanted["control"])
-    assert sorted(came["esp"]) == sorted(wanted["esp"])
+    assert {name: sorted(found) for name, found in came.items()} == {n: sorted(found) for n, found in wanted.items()}
+    assert len(came["strangers"]) > 50
 
 
 def test_a_second_daemon_cannot_share_the_port(shared):

@@ -208,14 +208,13 @@ HONEST_S = 1.0
 
 
 def attach_s(field: Field) -> float:
-    """How long a member whose daemon starts anew takes to its hub, from its first datagram on."""
+    """How long a member whose daemon starts anew takes to its hub, from its first datagram on, by its own count."""
     field.b.kill()
     field.b.ok("up")
     deadline = time.monotonic() + 30
     while not field.stage.b.ping(field.overlay, wait_s=1.0):
         assert time.monotonic() < deadline
-    print(field.b.log()[-4000:])
-    return 0.0
+    return float(field.b.log().rpartition("peer hub1,")[2].split("took_s ")[1].split()[0])
 
 
 def test_first_messages_from_everywhere_are_counted_and_leave_room_for_an_honest_one(
@@ -234,13 +233,15 @@ def test_first_messages_from_everywhere_are_counted_and_leave_room_for_an_honest
 
     start(SECONDS / 2).communicate()  # tables fill once
     memory, before = memory_kb(field.hub), counted()
-    running = start(SECONDS + 1)
+    running = start(3 * SECONDS + 1)
     time.sleep(1)
-    honest_s = attach_s(field)
+    honest = sorted(attach_s(field) for _ in range(3))
     sent, took_s = map(float, running.communicate()[0].split())
     time.sleep(0.5)
     seen, grown = counted() - before, memory_kb(field.hub) - memory
     with capsys.disabled():
-        print(f"\n| IKE_SA_INIT, spoofed | {sent / took_s:,.0f} | {seen / took_s:,.0f} | {honest_s:.2f} | {grown:+,} |")
+        print(
+            f"\n| IKE_SA_INIT, spoofed | {sent / took_s:,.0f} | {seen / took_s:,.0f} | {honest[-1]:.2f} | {grown:+,} |"
+        )
     assert grown < MAX_INIT_GROWTH_KB
-    assert honest_s < HONEST_S
+    assert honest[-1] < HONEST_S
