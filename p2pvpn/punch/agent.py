@@ -148,6 +148,18 @@ class PunchAgent:
             self._verify(self._selected, now)
         return self._finish(now)
 
+    def suggest(self, path: Path, now: float) -> list[Output]:
+        """The peer is reached over this path now, as others know: it is worth a check."""
+        if self._closed or not self._started:
+            return []
+        local = path.local
+        if local.is_unspecified:
+            bases = [one.base for one in self.checks.local if one.base.is_ipv6 == local.is_ipv6]
+            local = next((base for base in bases if base.port == local.port), local)
+        if self.checks.find(Path(local, path.remote)) is None:
+            self.checks.learn(Path(local, path.remote))
+        return self._finish(now)
+
     def verify(self, now: float) -> list[Output]:
         """The chosen path is in doubt: check it now. PathLost follows within about a second, or nothing."""
         if self._closed:

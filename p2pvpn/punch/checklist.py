@@ -6,7 +6,7 @@ a fate); the order is that of the pair priorities.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from p2pvpn.core.address import Endpoint, Path
 
@@ -35,6 +35,8 @@ class CheckList:
         self._remote: tuple[Candidate, ...] = ()
         self._bases: tuple[Endpoint, ...] = ()
         self._pairs: dict[Path, Pair] = {}
+        self.extra_ports: set[int] = set()
+        """Ports of further sockets of ours, on which pairs may be learned (`birthday`)."""
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -66,7 +68,7 @@ class CheckList:
         gone: list[Pair] = []
         orphans: list[Pair] = []
         for path, pair in list(self._pairs.items()):
-            if pair.local not in self._bases:
+            if not self._is_base(pair.local):
                 del self._pairs[path]
                 gone.append(pair)
                 if not pair.signalled:
@@ -93,6 +95,19 @@ class CheckList:
         bases = dict.fromkeys(candidate.base for candidate in self._local)
         known = {base.is_ipv6 for base in bases if not base.is_unspecified}
         return tuple(base for base in bases if not base.is_unspecified or base.is_ipv6 not in known)
+
+    def _is_base(self, local: Endpoint) -> bool:
+        """Whether packets can leave from there: a base, or an extra socket on the address of one."""
+        if local in self._bases:
+            return True
+        return local.port in self.extra_ports and any(base.host == local.host for base in self._bases)
+
+    def drop_ports(self, ports: Iterable[int]) -> None:
+        """These extra sockets are closed, and their pairs gone with them."""
+        closed = set(ports)
+        self.extra_ports -= closed
+        for path in [path for path in self._pairs if path.local.port in closed]:
+            del self._pairs[path]
 
     def _wanted(self) -> dict[Path, Candidate]:
         """The pairs that the candidates form (RFC 8445 section 6.1.2.2), best first, without those the limits forbid.

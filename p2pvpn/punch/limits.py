@@ -29,6 +29,10 @@ SILENT_PACKETS = 20
 """Packets that an address gets while it stays silent: a full round of checks and a dozen single retries."""
 SILENCE_S = 600.0
 """After so long the count of a silent address begins anew."""
+RUNS = 3
+"""Runs of guesses (`birthday`) that an address gets in SILENCE_S, from all sessions."""
+RESERVE = 5.0
+"""Packets of the rate that runs of guesses leave to ordinary checks at any moment."""
 SILENT_ADDRESSES = 4096
 """Addresses whose silence is remembered; the least recently used one is forgotten first."""
 
@@ -63,6 +67,7 @@ class PunchLimits:
         self._never = tuple(never)
         self._rate = TokenBucket(CHECKS_PER_S, CHECKS_BURST)
         self._silent: BoundedTable[tuple[str, bytes], _Silence] = BoundedTable(SILENT_ADDRESSES)
+        self._runs: BoundedTable[str, _Silence] = BoundedTable(SILENT_ADDRESSES)
         self._next_start_at = 0.0
 
     def update_subnets(self, own_subnets: Iterable[IpNetwork]) -> None:
@@ -105,6 +110,19 @@ class PunchLimits:
     def take_rate(self, now: float) -> bool:
         """Whether a packet to an address that did not answer yet fits the rate."""
         return self._rate.take(now)
+
+    def take_spare(self, now: float) -> bool:
+        """The same for a guess, which lets ordinary checks go before."""
+        return self._rate.has(now, RESERVE + 1.0) and self._rate.take(now)
+
+    def take_run(self, host: str, now: float) -> bool:
+        """Whether a run of guesses may begin towards an address; it is counted then."""
+        entry = self._runs.get(host)
+        if entry is None or now - entry.since >= SILENCE_S:
+            entry = _Silence(now)
+            self._runs.put(host, entry)
+        entry.sent += 1
+        return entry.sent <= RUNS
 
     def take_silent(self, target: Endpoint, now: float, *, permitted: bool, session: bytes = b"") -> bool:
         """Whether a silent address may get one more packet; it is counted then. Counted by address, not by port.
