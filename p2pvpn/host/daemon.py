@@ -84,6 +84,7 @@ class Daemon:
         stack.push_async_callback(self._guard.close)
         self.plane_choice = planes.choose(self._asked_plane)
         self.plane = planes.make(self.plane_choice, self.underlay.esp_sockets, netlink, self._guard)
+        self.plane.extra_socket = self.underlay.esp_at
         await self.plane.start()
         stack.push_async_callback(self.plane.stop)
         self.plane.on_died = self._plane_died

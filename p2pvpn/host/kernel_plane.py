@@ -40,6 +40,7 @@ from .kernel_policies import PolicyBook, send_by
 from .kernel_trap import Reinjector, Trap, wide_policies
 from .netlink import Netlink
 from .tun import MAX_MTU, MIN_MTU
+from .udp import no_socket
 from .xfrm import (
     Direction,
     Flow,
@@ -86,6 +87,8 @@ class KernelPlane:
         self.on_died: Callable[[], None] = _ignore
         """Somebody removed a device, SA or policy of ours; everything was taken down."""
         self._esp_sockets = tuple(esp_sockets)
+        self.extra_socket: Callable[[int], socket.socket] = no_socket
+        """The ESP socket at a further port of the underlay. Raises LocalError."""
         self._netlink = netlink
         self._guard = guard
         self._loop = asyncio.get_running_loop()
@@ -255,6 +258,12 @@ class KernelPlane:
         entry = self._children.get(child_id)
         if entry is not None:
             await self._forget(entry)
+
+    async def listen(self, port: int) -> None:
+        _hand_to_kernel(self.extra_socket(port))
+
+    async def unlisten(self, port: int) -> None:
+        """The socket goes with the port."""
 
     async def inject(self, network: str, packets: Sequence[bytes]) -> None:
         reinjector = self._reinjector

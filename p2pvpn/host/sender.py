@@ -86,6 +86,8 @@ class Sender:
         self.lost: Counter[str] = Counter()
         """Datagrams that the kernel would not send, by the name of the error."""
         self._sockets = sockets
+        self._extra: dict[int, socket.socket] = {}
+        """Further IPv4 sockets by port, for paths that begin there."""
         self._on_narrow = on_narrow
         self._segments = True
         self._ways: dict[Path, _Way] = {}
@@ -94,6 +96,18 @@ class Sender:
         self._class = 0
         self._size = 0
         self._room = 0
+
+    def open_port(self, port: int, sock: socket.socket) -> None:
+        """Paths that begin at this port go from this socket."""
+        self.flush()
+        self._extra[port] = sock
+        self._ways.clear()
+
+    def close_port(self, port: int) -> None:
+        """Not any more."""
+        self.flush()
+        del self._extra[port]
+        self._ways.clear()
 
     def put(self, path: Path, datagram: bytes, traffic_class: int) -> None:
         """Send the datagram now or at the next `flush`, in order with the others."""
@@ -186,7 +200,8 @@ class Sender:
         self.lost[errno.errorcode.get(error.errno or 0, "unknown error")] += datagrams
 
     def _open_way(self, path: Path) -> _Way | None:
-        sock = self._sockets.get(socket.AF_INET6 if path.remote.is_ipv6 else socket.AF_INET)
+        family = socket.AF_INET6 if path.remote.is_ipv6 else socket.AF_INET
+        sock = self._extra.get(path.local.port) or self._sockets.get(family)
         if sock is None:
             return None
         if len(self._ways) >= MAX_WAYS:

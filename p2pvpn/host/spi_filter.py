@@ -55,7 +55,7 @@ class SpiFilter:
     """Of the ESP sockets of one worker."""
 
     def __init__(self, sockets: Sequence[socket.socket], clock: Callable[[], float] = time.monotonic) -> None:
-        self._sockets = sockets
+        self._sockets = list(sockets)
         self._clock = clock
         self._is_attached = False
         self._settle_at: float | None = clock()
@@ -69,6 +69,14 @@ class SpiFilter:
             self._is_attached = False
         if self._settle_at is None:
             self._settle_at = self._clock() + SETTLE_S
+
+    def add(self, sock: socket.socket) -> None:
+        """One more socket, open to all SPIs until the next program."""
+        self._sockets.append(sock)
+        self.changed(added=False)
+
+    def remove(self, sock: socket.socket) -> None:
+        self._sockets.remove(sock)
 
     def wait_s(self) -> float | None:
         """Until `settle` has something to do; None for ever."""

@@ -20,6 +20,7 @@ import ipaddress
 import socket
 import struct
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from p2pvpn.core.address import Path
@@ -62,6 +63,15 @@ _PROGRAM = (
     (0x06, 0, 0, CONTROL_INDEX),  # control: ret
     (0x06, 0, 0, ESP_INDEX),  # esp: ret
 )
+
+_PAIR_PROGRAM = (
+    (0x30, 0, 0, 0),  # ldb [0]
+    (0x54, 0, 0, 0xC0),  # and #0xc0
+    (0x15, 0, 1, 0xC0),  # jeq #0xc0, next, over it
+    (0x06, 0, 0, ESP_INDEX),  # ret
+    (0x06, 0, 0, CONTROL_INDEX),  # ret
+)
+"""For further ports, which have no socket for strangers."""
 
 Ancillary = list[tuple[int, int, bytes]]
 
@@ -193,6 +203,47 @@ def open_plain(port: int) -> tuple[socket.socket, ...]:
     return tuple(found)
 
 
+def open_extra() -> socket.socket:
+    """A further socket on a free IPv4 port, for everything that arrives there until `open_esp_beside`. Raises OSError.
+
+    It is bound without SO_REUSEPORT, or the kernel might give one port twice.
+    """
+    control = _udp_socket(socket.AF_INET)
+    try:
+        control.setblocking(False)
+        control.bind(("", 0))
+        _receive_packet_info(control)
+    except OSError:
+        control.close()
+        raise
+    return control
+
+
+def open_esp_beside(control: socket.socket) -> socket.socket:
+    """The ESP socket to a further one: together they are a pair as the shared port has. Raises LocalError."""
+    port = control.getsockname()[1]
+    control.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    esp = _udp_socket(control.family)
+    try:
+        esp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        esp.setblocking(False)
+        _set_buffers(esp, RECEIVE_BUFFER_BYTES)
+        esp.bind(("", port))
+        _attach(esp, _PAIR_PROGRAM)
+        _receive_traffic_class(esp)
+        _receive_batches(esp)
+        allow_fragments(esp, allowed=False)
+    except OSError as error:
+        esp.close()
+        raise _bind_error(port, error) from None
+    return esp
+
+
+def no_socket(port: int) -> socket.socket:
+    """In the place of an underlay that opens no further ports. Raises LocalError."""
+    raise LocalError(f"no socket is open at port {port}")
+
+
 def _bind_error(port: int, error: OSError) -> LocalError:
     if error.errno == errno.EADDRINUSE:
         return LocalError(
@@ -221,9 +272,9 @@ def _set_buffers(sock: socket.socket, receive_bytes: int) -> None:
             sock.setsockopt(socket.SOL_SOCKET, plain, size)
 
 
-def _attach(sock: socket.socket) -> None:
-    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in _PROGRAM))
-    program = struct.pack("@HP", len(_PROGRAM), ctypes.addressof(code))
+def _attach(sock: socket.socket, lines: Sequence[tuple[int, int, int, int]] = _PROGRAM) -> None:
+    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in lines))
+    program = struct.pack("@HP", len(lines), ctypes.addressof(code))
     sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_REUSEPORT_CBPF, program)
 
 

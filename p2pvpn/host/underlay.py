@@ -10,6 +10,7 @@ import socket
 from collections.abc import Callable, Sequence
 
 from p2pvpn.core.address import Endpoint, IpNetwork, Path
+from p2pvpn.core.errors import LocalError
 
 from .netlink import LocalAddress, Netlink
 from .udp import (
@@ -18,6 +19,8 @@ from .udp import (
     SharedPort,
     ancillary,
     local_address,
+    open_esp_beside,
+    open_extra,
     open_plain,
     open_port,
     reply_ancillary,
@@ -56,7 +59,9 @@ class Underlay:
         self._looking: asyncio.Task[None] | None = None
         self._look_again = False
         self._sockets: dict[tuple[int, int], socket.socket] = {}
-        """By family and port: the shared port first, then those of `listen_at`."""
+        """By family and port: the shared port first, then those of `listen_at` and `open_extra`."""
+        self._extra: dict[int, socket.socket | None] = {}
+        """Ports of `open_extra`, and the ESP socket of each that the plane asked for."""
         for pair in shared.pairs:
             self._listen(pair.control, shared.port)
             self._loop.add_reader(pair.strangers, self._receive, pair.strangers, shared.port)
@@ -75,6 +80,8 @@ class Underlay:
             self._looking.cancel()
         for pair in self._shared.pairs:
             self._loop.remove_reader(pair.strangers)
+        for port in list(self._extra):
+            self.close_extra(port)
         for (_, port), sock in self._sockets.items():
             self._loop.remove_reader(sock)
             if port != self.port:
@@ -90,6 +97,32 @@ class Underlay:
                 log.warning("UDP port %d is in use by another program: peers learn less about their NATs from us", port)
             for sock in opened:
                 self._listen(sock, port)
+
+    def open_extra(self, count: int) -> Sequence[int]:
+        ports: list[int] = []
+        with contextlib.suppress(OSError):  # no descriptor or port is left
+            for _ in range(count):
+                sock = open_extra()
+                ports.append(sock.getsockname()[1])
+                self._extra[ports[-1]] = None
+                self._listen(sock, ports[-1])
+        return ports
+
+    def close_extra(self, port: int) -> None:
+        if port in self._extra:
+            sock, esp = self._sockets.pop((socket.AF_INET, port)), self._extra.pop(port)
+            self._loop.remove_reader(sock)
+            sock.close()
+            if esp is not None:
+                esp.close()
+
+    def esp_at(self, port: int) -> socket.socket:
+        """The socket that ESP comes in by at a port of `open_extra`, from now on. Raises LocalError."""
+        if port not in self._extra:
+            raise LocalError(f"no socket is open at port {port}")
+        esp = self._extra[port] or open_esp_beside(self._sockets[socket.AF_INET, port])
+        self._extra[port] = esp
+        return esp
 
     def _listen(self, sock: socket.socket, port: int) -> None:
         self._sockets[sock.family, port] = sock

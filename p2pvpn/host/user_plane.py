@@ -30,6 +30,7 @@ from p2pvpn.mesh.ports import SaUsage
 from .guard import Guard
 from .netlink import Netlink
 from .tun import MAX_MTU, MIN_MTU
+from .udp import no_socket
 from .worker_messages import (
     INJECT_BYTES,
     MAX_MESSAGE_BYTES,
@@ -74,7 +75,10 @@ class UserPlane:
         self._process: subprocess.Popen[bytes] | None = None
         self._pidfd = -1
         self._channel: socket.socket | None = None
-        self._outgoing: deque[bytes] = deque()
+        self.extra_socket: Callable[[int], socket.socket] = no_socket
+        """The ESP socket at a further port of the underlay. Raises LocalError."""
+        self._outgoing: deque[tuple[bytes, tuple[int, ...]]] = deque()
+        """Commands, each with the descriptors that go along."""
         self._answers: dict[int, asyncio.Future[Any]] = {}
         self._serial = 0
         self._devices: dict[str, str] = {}
@@ -161,7 +165,7 @@ class UserPlane:
 
     # ------------------------------------------------------------------ the channel
 
-    def _ask(self, op: Op, *arguments: Any) -> asyncio.Future[Any]:
+    def _ask(self, op: Op, *arguments: Any, descriptors: tuple[int, ...] = ()) -> asyncio.Future[Any]:
         """Write a command; the future has the answer, or LocalError."""
         future: asyncio.Future[Any] = self._loop.create_future()
         if self._channel is None:
@@ -169,7 +173,7 @@ class UserPlane:
             return future
         self._serial += 1
         self._answers[self._serial] = future
-        self._outgoing.append(pack([self._serial, op.value, *arguments]))
+        self._outgoing.append((pack([self._serial, op.value, *arguments]), descriptors))
         if len(self._outgoing) == 1:
             self._write()
         return future
@@ -178,7 +182,8 @@ class UserPlane:
         channel = self._channel
         while channel is not None and self._outgoing:
             try:
-                channel.send(self._outgoing[0])
+                data, descriptors = self._outgoing[0]
+                socket.send_fds(channel, [data], descriptors)
             except BlockingIOError:
                 self._loop.add_writer(channel, self._write)
                 return
@@ -261,6 +266,12 @@ class UserPlane:
 
     async def remove(self, child_id: int) -> None:
         await self._ask(Op.REMOVE, child_id)
+
+    async def listen(self, port: int) -> None:
+        await self._ask(Op.LISTEN, port, descriptors=(self.extra_socket(port).fileno(),))
+
+    async def unlisten(self, port: int) -> None:
+        await self._ask(Op.UNLISTEN, port)
 
     async def inject(self, network: str, packets: Sequence[bytes]) -> None:
         waiting: list[asyncio.Future[Any]] = []

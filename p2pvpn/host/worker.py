@@ -71,6 +71,9 @@ class Worker:
         for sock in esp_sockets:
             self._epoll.register(sock.fileno(), select.EPOLLIN)
             self._handlers[sock.fileno()] = functools.partial(self._on_esp, sock)
+        self._extra: dict[int, socket.socket] = {}
+        """Further ESP sockets by port."""
+        self._received_fds: list[int] = []
 
     def run(self) -> None:
         """Serve until the control channel ends."""
@@ -191,7 +194,7 @@ class Worker:
         """Execute every command that waits."""
         while self._alive:
             try:
-                data = self._control.recv(MAX_MESSAGE_BYTES)
+                data, self._received_fds, _, _ = socket.recv_fds(self._control, MAX_MESSAGE_BYTES, 1)
             except BlockingIOError:
                 return
             except ConnectionResetError:
@@ -253,6 +256,10 @@ class Worker:
             case Op.REMOVE:
                 engine.remove(arguments[0])
                 self._filter.changed(added=False)
+            case Op.LISTEN:
+                self._listen(arguments[0])
+            case Op.UNLISTEN:
+                self._unlisten(arguments[0])
             case Op.INJECT:
                 self._inject(arguments[0], arguments[1])
             case Op.USAGE:
@@ -261,6 +268,24 @@ class Worker:
                 refused = {reason.name: count for reason, count in engine.drops.items()}
                 return {**refused, **self._lost, **self._sender.lost}
         return None
+
+    def _listen(self, port: int) -> None:
+        """ESP comes and goes by one more socket, whose descriptor came with the command."""
+        self._unlisten(port)
+        sock = self._extra[port] = socket.socket(fileno=self._received_fds.pop())
+        self._epoll.register(sock.fileno(), select.EPOLLIN)
+        self._handlers[sock.fileno()] = functools.partial(self._on_esp, sock)
+        self._filter.add(sock)
+        self._sender.open_port(port, sock)
+
+    def _unlisten(self, port: int) -> None:
+        sock = self._extra.pop(port, None)
+        if sock is not None:
+            self._sender.close_port(port)
+            self._filter.remove(sock)
+            self._epoll.unregister(sock.fileno())
+            del self._handlers[sock.fileno()]
+            sock.close()
 
     def _open_network(self, network: str) -> str:
         if network in self._networks:

@@ -1,6 +1,6 @@
 """What the daemon and its user-plane worker say to each other: msgpack arrays over a SOCK_SEQPACKET pair.
 
-    daemon -> worker   [serial, op, argument ..]          one `Op` each; executed in order
+    daemon -> worker   [serial, op, argument ..]          one `Op` each; executed in order; "listen" with a descriptor
     worker -> daemon   [serial, true, value]              its answer
                        [serial, false, text]              or why not
                        [0, "trapped", network, packet]    a packet that no SA in use covers
@@ -39,6 +39,8 @@ class Op(StrEnum):
     USE = "use"
     MOVE = "move"
     REMOVE = "remove"
+    LISTEN = "listen"
+    UNLISTEN = "unlisten"
     INJECT = "inject"
     USAGE = "usage"
     COUNTERS = "counters"

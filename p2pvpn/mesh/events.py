@@ -48,6 +48,17 @@ class PathChanged(MeshEvent):
 
 
 @dataclass(frozen=True, slots=True)
+class Guessed(MeshEvent):
+    """A run of guesses at a peer's NAT ended; `method` is prediction or birthday."""
+
+    peer: str
+    method: str
+    met: bool
+    packets: int
+    took_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class PeerLost(MeshEvent):
     """The last SA with the peer is gone."""
 

@@ -8,7 +8,7 @@ gossip       newer network documents              hub          what a hub does f
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from ipaddress import IPv6Address
 from typing import Protocol
 
@@ -25,8 +25,11 @@ from p2pvpn.identity.member import Member
 from p2pvpn.ike.config import Credential, IkeId, Initiate
 from p2pvpn.ike.notifies import Notify
 from p2pvpn.ike.outputs import Informed, Liveness, MoveFailed, SaClosed, SaEstablished, SaMoved
+from p2pvpn.punch.behaviour import NatBehaviour
 from p2pvpn.punch.candidates import Candidate, encode_candidates
+from p2pvpn.punch.traversal import encode_nat
 
+from . import whereabouts
 from .attach import Attachments
 from .connect import Attempt, ConnectError, Located
 from .directory import Directory
@@ -36,7 +39,7 @@ from .gossip import DocumentGossip
 from .hub_dial import dial_hub
 from .hubside import HubSide
 from .ike_driver import carried_path
-from .notices import CANDIDATES, DocumentVersion, document_version
+from .notices import CANDIDATES, NAT, DocumentVersion, document_version
 from .ports import Resolver, SaUsage
 from .relaying import RelayPath
 from .rendezvous import Rendezvous
@@ -54,6 +57,8 @@ class Place(Protocol):
     """Where the machine is, as of now."""
 
     def candidates(self) -> list[Candidate]: ...
+
+    def nat(self) -> NatBehaviour: ...
 
     def public_endpoints(self) -> tuple[Endpoint, ...]: ...
 
@@ -109,6 +114,8 @@ class Network:
             emit=self.emit,
         )
         self.hub: HubSide | None = None
+        if self.me.is_hub:
+            whereabouts.Whereabouts(self.rpc, self)
         if self.me.is_hub and services.forwarder is not None:
             self.hub = HubSide(
                 services=services,
@@ -136,6 +143,14 @@ class Network:
 
     def local_candidates(self) -> list[Candidate]:
         return self._place.candidates()
+
+    def nat(self) -> NatBehaviour:
+        return self._place.nat()
+
+    async def whereabouts(self, overlay: IPv6Address) -> Mapping[IpAddress, frozenset[bytes]]:
+        """Where hubs see a peer's tunnel come from, and which hubs. Raises ConnectError."""
+        locator = await self.directory.locator(overlay)
+        return await whereabouts.ask(self.rpc, self.attachments.connected(), locator.peer_id, locator.hubs)
 
     def public_endpoints(self) -> tuple[Endpoint, ...]:
         return self._place.public_endpoints()
@@ -351,10 +366,11 @@ class Network:
     def _auth_notifies(self) -> tuple[Notify, ...]:
         if self.me.is_hub:
             return (self._version_notify(),)
-        return self._version_notify(), self._candidates_notify()
+        return self._version_notify(), *self._place_notifies()
 
-    def _candidates_notify(self) -> Notify:
-        return Notify(CANDIDATES, encode_candidates(self.local_candidates()))
+    def _place_notifies(self) -> tuple[Notify, ...]:
+        candidates = Notify(CANDIDATES, encode_candidates(self.local_candidates()))
+        return candidates, Notify(NAT, encode_nat(self.nat()))
 
     # IKE's news.
 
@@ -435,7 +451,7 @@ class Network:
         self.fallback.network_changed()
         for session in list(self.sessions.values()):
             session.network_changed()
-        self._tell_everybody((self._candidates_notify(),), punching_only=True)
+        self._tell_everybody(self._place_notifies(), punching_only=True)
         self.directory.publish_soon()
 
     def hub_endpoints(self) -> Sequence[Endpoint]:

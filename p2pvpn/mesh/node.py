@@ -31,6 +31,7 @@ from p2pvpn.ike.outputs import (
     SaFailed,
     SaMoved,
 )
+from p2pvpn.punch.behaviour import NatBehaviour
 from p2pvpn.punch.candidates import Candidate
 from p2pvpn.punch.limits import PunchLimits
 from p2pvpn.punch.mux import PunchMux
@@ -47,6 +48,7 @@ from .outside import Outside
 from .ports import Forwarder, KeyLog, Plane, PortMapper, Resolver, StateStore, Streams, Underlay
 from .pump import Pump
 from .relaying import RelayClientPump
+from .sampling import Sampler
 from .services import Services
 from .standing import Standing
 from .trap import destination
@@ -114,6 +116,7 @@ class Node:
             ),
             lines=lines,
             tuning=tuning,
+            sampler=Sampler(underlay, entropy),
         )
         self.networks: dict[str, Network] = {}
         self._runs: dict[str, asyncio.Task[None]] = {}
@@ -248,6 +251,8 @@ class Node:
         if agent is not None:
             self.services.agents[agent].feed(self.services.punch.route(path, data, now) or [])
             return
+        if self.services.sampler.route(path, data):
+            return
         outputs = self._reflexive.handle(path, data, now)
         if outputs is not None:
             self._reflexive_pump.feed(outputs)
@@ -318,6 +323,10 @@ class Node:
 
     def candidates(self) -> list[Candidate]:
         return self.outside.candidates()
+
+    def nat(self) -> NatBehaviour:
+        """What is known of the NAT in front of us, for IPv4."""
+        return self._reflexive.behaviour()
 
     def public_endpoints(self) -> tuple[Endpoint, ...]:
         return self.outside.published()

@@ -14,6 +14,10 @@ DOCUMENT_VERSION = 41002
 """Version and hash of the network document that the sender has."""
 MOVE_WANTED = 41003
 """The sender checked the direct path and is not on it: the SA's initiator shall move it there (again). No data."""
+NAT = 41004
+"""What the sender knows of the NAT in front of it (`punch.traversal.encode_nat`)."""
+RUN = 41005
+"""A step of a run of guesses (`punch.traversal.RunNotice`)."""
 DIGEST_BYTES = 32
 
 

@@ -29,6 +29,8 @@ from p2pvpn.punch.events import PathLost, PathNominated, PunchFailed
 from .backoff import Backoff
 from .connect import ConnectError, Finder
 from .events import MeshEvent, PathChanged, Refused
+from .hardnat import Context as HardNatContext
+from .hardnat import HardNat
 from .notices import CANDIDATES, MOVE_WANTED, find
 from .pump import Pump
 from .relaying import RelayPath
@@ -85,7 +87,7 @@ class LiveSa:
     """The peer was heard since the path was doubted."""
 
 
-class Context(Finder, Protocol):
+class Context(Finder, HardNatContext, Protocol):
     """What a session asks of its network."""
 
     label: str
@@ -135,6 +137,7 @@ class Paths:
         """Where a hub saw the peer, when it was last called."""
         self._rescue: asyncio.Task[None] | None = None
         self._leaving: asyncio.Task[None] | None = None
+        self.hard_nat = HardNat(services, context, owner)
 
     def kind(self, sa: LiveSa) -> PathKind:
         if sa.relayed:
@@ -229,8 +232,10 @@ class Paths:
         services.agents[agent] = sa.pump
         remote = self._candidates_of(notifies)
         sa.pump.feed(agent.start(self._context.local_candidates(), remote, services.now))
+        self.hard_nat.begun(sa, notifies)
 
     def end_punching(self, sa: LiveSa) -> None:
+        self.hard_nat.ended(sa)
         if sa.agent is not None and sa.pump is not None:
             sa.pump.feed(sa.agent.close())
             sa.pump.close()
@@ -244,10 +249,12 @@ class Paths:
             self._services.ike.move(sa.id, sa.agent.selected)
         if find(notifies, CANDIDATES) is not None and sa.agent is not None and sa.pump is not None:
             sa.pump.feed(sa.agent.update_remote(self._candidates_of(notifies), self._services.now))
+        self.hard_nat.informed(sa, notifies)
 
     def network_changed(self) -> None:
         """Another address, another chance: fresh candidates, and hubs learn where we are."""
         candidates = self._context.local_candidates()
+        self.hard_nat.network_changed()
         for sa in self._owner.sas.values():
             if sa.agent is not None and sa.pump is not None:
                 sa.pump.feed(sa.agent.update_local(candidates, self._services.now))
@@ -269,6 +276,7 @@ class Paths:
     def _on_punch(self, sa: LiveSa, output: Output) -> None:
         match output:
             case PathNominated(path=path):
+                self.hard_nat.nominated(path)
                 if sa.initiator and sa.id in self._owner.sas:
                     self._move(sa, path, "better")
             case PathLost(path=path, reason=reason):
@@ -311,6 +319,7 @@ class Paths:
 
     def reconcile(self, sa: LiveSa) -> None:
         """A move may get lost, on either side: then the SA is not where the punching agents are."""
+        self.hard_nat.look()
         chosen = sa.agent.selected if sa.agent is not None else None
         if chosen is None or chosen.remote == sa.path.remote:
             sa.apart_until, sa.apart_s = None, APART_S

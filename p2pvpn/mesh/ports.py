@@ -43,6 +43,16 @@ class Underlay(Protocol):
         """Send, best effort: an unroutable or full network loses the packet, never raises."""
         ...
 
+    def open_extra(self, count: int) -> Sequence[int]:
+        """Open further IPv4 sockets on ports of their own, fewer than `count` if the machine has no more; what arrives
+        there comes by `on_datagram` too, and `send` takes a path whose local port is one of them.
+        """
+        ...
+
+    def close_extra(self, port: int) -> None:
+        """Close such a socket; another port is ignored."""
+        ...
+
     def local_endpoints(self) -> Sequence[Endpoint]:
         """Addresses of the machine that a peer might reach (not loopback, not link-local, not ours), with our port."""
         ...
@@ -102,6 +112,16 @@ class Plane(Protocol):
 
     async def remove(self, child_id: int) -> None:
         """Forget the SA; unknown ids are ignored."""
+        ...
+
+    async def listen(self, port: int) -> None:
+        """Take ESP in at this extra port of the underlay too, and send it over paths that begin there. Raises
+        LocalError when there is no such port.
+        """
+        ...
+
+    async def unlisten(self, port: int) -> None:
+        """No more; another port is ignored."""
         ...
 
     async def inject(self, network: str, packets: Sequence[bytes]) -> None:

@@ -20,6 +20,7 @@ from .lines import Lines
 from .ports import Forwarder, Plane, Underlay
 from .pump import Pump
 from .relaying import RelayClientPump
+from .sampling import Sampler
 from .tuning import Tuning
 
 log = logging.getLogger(__name__)
@@ -75,10 +76,13 @@ class Services:
     relays: RelayClientPump
     lines: Lines
     tuning: Tuning
+    sampler: Sampler
     suspect: Callable[[], None] = lambda: None
     """Asks the hubs at once where they see us: our NAT may have changed."""
     agents: dict[PunchAgent, Pump] = field(default_factory=dict)
     """Who drives a punching agent."""
+    guessing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held by the one run of guesses that is under way (`hardnat`)."""
     tasks: TaskSet = field(default_factory=TaskSet)
 
     @property

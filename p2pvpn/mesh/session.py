@@ -332,7 +332,8 @@ class Session:
             self._connecting = self._services.tasks.start(self._reconnect(sa), f"replace SA {self.name}")
 
     async def _reconnect(self, sa: LiveSa) -> None:
-        path = any_local(sa.path.remote, self._services.underlay.port) if sa.relay is None else sa.path
+        shared = self._services.underlay.port
+        path = any_local(sa.path.remote, shared) if sa.relay is None and sa.path.local.port == shared else sa.path
         try:
             await self._context.dial(Attempt(self.overlay, path), self._services.tuning.connect_timeout_s)
             if self.current is not None and self.current is not sa and self.current.relay is None:

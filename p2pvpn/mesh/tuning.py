@@ -35,6 +35,8 @@ class Tuning:
     relay_confirm_timeout_s: float = 1.0
     """A relay that worked and does not answer for this long is given up for another one."""
     call_timeout_s: float = 4.0
+    hard_nats: bool = True
+    """Whether endpoint-dependent NATs are passed by prediction and guesses, at most 100 packets a second."""
     idle_s: float = 300.0
     """A peer without traffic for this long is taken down; its next packet brings it up again."""
     liveness_s: float = 15.0

@@ -52,6 +52,7 @@ class SimUnderlay:
         self.on_change = _ignore_change
         self.ports = tuple(ports)
         """Port numbers that the socket listens on: the shared one first, then those where only STUN is answered."""
+        self.extra_ports: set[int] = set()
         self._host = host
         self._closed = False
         for port in self.ports:
@@ -68,8 +69,18 @@ class SimUnderlay:
                 self.ports = (*self.ports, port)
 
     def send(self, path: Path, data: bytes) -> None:
-        if not self._closed and path.local.port in self.ports:
+        if not self._closed and (path.local.port in self.ports or path.local.port in self.extra_ports):
             self._host.send(path.local, path.remote, data)
+
+    def open_extra(self, count: int) -> Sequence[int]:
+        ports = [] if self._closed else [self._host.sockets.bind(None, 0, self._receive) for _ in range(count)]
+        self.extra_ports.update(ports)
+        return ports
+
+    def close_extra(self, port: int) -> None:
+        if port in self.extra_ports:
+            self.extra_ports.remove(port)
+            self._host.sockets.unbind(None, port)
 
     def local_endpoints(self) -> Sequence[Endpoint]:
         return [

@@ -73,6 +73,13 @@ class SimPlane:
         await self._obey()
         self.engine.remove(child_id)
 
+    async def listen(self, port: int) -> None:
+        """Every socket of the host brings its ESP here anyway."""
+        await self._obey()
+
+    async def unlisten(self, port: int) -> None:
+        await self._obey()
+
     async def inject(self, network: str, packets: Sequence[bytes]) -> None:
         """Packets that no SA covers even now are lost, not trapped again."""
         await self._obey()
