@@ -41,7 +41,6 @@ MAX_GATEWAYS = 4
 MAX_ADDRESSES = 2
 GOODBYE_S = 2.0
 """For giving mappings back over TCP at the end."""
-_ALL_HOSTS_V6 = "ff02::1"
 
 T = TypeVar("T")
 
@@ -205,16 +204,11 @@ class PortMapper:
 
     def _listen(self) -> None:
         """For announcements, where no other program has taken the port for itself."""
-        for family, group in ((socket.AF_INET, ""), (socket.AF_INET6, _ALL_HOSTS_V6)):
+        for family in (socket.AF_INET, socket.AF_INET6):
             with contextlib.suppress(OSError):
-                sock = socket.socket(family, socket.SOCK_DGRAM)
-                sock.setblocking(False)
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                if family == socket.AF_INET6:
-                    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                sock.bind((group, pcp.ANNOUNCE_PORT))
-                asyncio.get_running_loop().add_reader(sock, self._receive_announcement, sock)
-                self._announcements.append(sock)
+                self._announcements.append(_announcements(family))
+        for sock in self._announcements:
+            asyncio.get_running_loop().add_reader(sock, self._receive_announcement, sock)
 
     def _receive_announcement(self, sock: socket.socket) -> None:
         try:
@@ -266,6 +260,21 @@ class PortMapper:
                 self.on_change()
             await asyncio.sleep(pause_s)
         await igd.unmap()
+
+
+def _announcements(family: int) -> socket.socket:
+    """A socket for what routers multicast to all hosts, a group that every machine is in. Raises OSError."""
+    sock = socket.socket(family, socket.SOCK_DGRAM)
+    try:
+        sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(("", pcp.ANNOUNCE_PORT))
+    except OSError:
+        sock.close()
+        raise
+    return sock
 
 
 def _ways(gateways: Sequence[Gateway], addresses: Sequence[LocalAddress]) -> list[tuple[Gateway, str]]:

@@ -17,7 +17,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +75,22 @@ def require_programs(*, in_guest: bool = False) -> None:
 class Stage:
     """Hosts, homes and hubs, and what is asked of them."""
 
-    def __init__(self, lab: Lab, root: Path, *, hubs: int, nats: dict[str, NatKind], rtt_ms: float, plane: str) -> None:
+    def __init__(
+        self,
+        lab: Lab,
+        root: Path,
+        *,
+        hubs: int,
+        nats: dict[str, NatKind],
+        rtt_ms: float,
+        plane: str,
+        publics: Mapping[str, str] = HOMES,
+        port_mapping: bool = False,
+    ) -> None:
+        """`publics` are the routers' addresses; with `port_mapping` the peers ask their routers for ports, which is in
+        vain unless the caller makes the routers do it."""
         self.lab = lab
+        self._port_mapping = port_mapping
         self.root = root
         self.keys = root / "keys"
         self.keys.mkdir(parents=True, mode=0o700)
@@ -89,7 +103,7 @@ class Stage:
             self._equip(lab.public(f"hub{n}", HUB_ADDRESS.format(n), delay_s=hub_s)) for n in range(1, hubs + 1)
         ]
         self.homes: dict[str, Home] = {}
-        for number, (name, public) in enumerate(HOMES.items(), start=1):
+        for number, (name, public) in enumerate(publics.items(), start=1):
             routed = nats[name] is NatKind.NONE
             home = lab.home(name, public, number=number, routed=routed, delay_s=home_s)
             nat.apply(home, nats[name])
@@ -112,7 +126,7 @@ class Stage:
             node.environment["P2PVPN_PLANE"] = self._plane
         for directory in ("state", "run"):
             (home / directory).mkdir(parents=True, mode=0o700)
-        MachineSettings(port_mapping=False).save(home / "state")  # These routers map no ports; nobody asks them.
+        MachineSettings(port_mapping=self._port_mapping).save(home / "state")
         return node
 
     # The commands.

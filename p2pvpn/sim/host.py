@@ -28,6 +28,7 @@ from .internet import LAN, Datagram, Fate, Interface, Internet, Quality, Segment
 from .loop import HostClock, SeededEntropy, SimWallClock, host_clock
 from .overlay import OverlayStack
 from .plane import SimPlane
+from .portmap import SimPortMapper
 from .sockets import SimTransport, SocketTable
 from .streams import SimStreams
 
@@ -180,6 +181,7 @@ class SimHost:
         self.plane = SimPlane(lambda path, data: self.send(path.local, path.remote, data))
         self.forwarder = SimForwarder(self.sockets, self.send)
         self.streams = SimStreams(self)
+        self.port_mapper = SimPortMapper(self)
 
     def __repr__(self) -> str:
         return f"SimHost({self.name})"

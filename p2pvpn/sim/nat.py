@@ -19,7 +19,7 @@ from __future__ import annotations
 import random
 import zlib
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -158,6 +158,8 @@ class Nat:
         self._by_external: dict[Endpoint, _Mapping] = {}
         self._next_port = draw.randint(FIRST_PORT, LAST_PORT)
         self._others_at: float | None = None
+        self.is_taken: Callable[[Endpoint], bool] = lambda external: False
+        """Whether somebody else of the same box has an external endpoint."""
 
     def __len__(self) -> int:
         """Mappings held, some of which may have timed out."""
@@ -224,6 +226,11 @@ class Nat:
         mapping = self._by_key.get((source, self.kind.mapping.part(remote)))
         return None if mapping is None or self._is_dead(mapping, now) else mapping.external
 
+    def serves(self, external: Endpoint, inside: Endpoint, now: float) -> bool:
+        """Whether an external endpoint is free, or this inside one's."""
+        mapping = self._by_external.get(external)
+        return mapping is None or self._is_dead(mapping, now) or mapping.inside == inside
+
     def _is_dead(self, mapping: _Mapping, now: float) -> bool:
         return now - mapping.used_at >= self.kind.timeout_s
 
@@ -251,11 +258,11 @@ class Nat:
             if port is not None:
                 self._next_port = self._after(port, self.kind.step)
             return port
-        if self.kind.ports is Ports.PRESERVE and (host, wanted) not in self._by_external:
+        if self.kind.ports is Ports.PRESERVE and self._is_free(host, wanted):
             return wanted
         for _ in range(DRAWS):
             port = self._draw.randint(FIRST_PORT, LAST_PORT)
-            if (host, port) not in self._by_external:
+            if self._is_free(host, port):
                 return port
         return self._free_from(host, self._draw.randint(FIRST_PORT, LAST_PORT))
 
@@ -275,9 +282,13 @@ class Nat:
     def _free_from(self, host: str, start: int) -> int | None:
         for step in range(LAST_PORT - FIRST_PORT + 1):
             port = self._after(start, step)
-            if (host, port) not in self._by_external:
+            if self._is_free(host, port):
                 return port
         return None
+
+    def _is_free(self, host: str, port: int) -> bool:
+        external = Endpoint(host, port)
+        return external not in self._by_external and not self.is_taken(external)
 
 
 class Firewall:

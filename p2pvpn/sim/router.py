@@ -9,17 +9,20 @@ import contextvars
 import ipaddress
 from collections.abc import Iterable
 
+from p2pvpn.core.address import Endpoint
 from p2pvpn.core.errors import LocalError
 
 from .internet import ACCESS, Datagram, Fate, Interface, Quality, Segment
 from .nat import Firewall, Nat, NatKind
+from .portmap import PCP_PORT, Forwards, PcpServer
 
 
 class Router:
     """The gateway of `lan`, attached to `above` by its line.
 
     `outside` holds its addresses above; the IPv4 ones are the NAT's public addresses. Without a NAT the LAN's IPv4
-    prefixes are announced above; IPv6 prefixes always are. `blocks_udp` drops every datagram that would pass.
+    prefixes are announced above; IPv6 prefixes always are. `blocks_udp` drops every datagram that would pass. With
+    `pcp` the router maps ports for those who ask.
     """
 
     context: contextvars.Context | None = None
@@ -36,6 +39,7 @@ class Router:
         firewall: Firewall | None = None,
         line: Quality = ACCESS,
         blocks_udp: bool = False,
+        pcp: bool = False,
     ) -> None:
         self.name = name
         self.blocks_udp = blocks_udp
@@ -47,6 +51,8 @@ class Router:
         self._internet = above.internet
         self.inside = Interface(self, lan, [ipaddress.ip_address(address) for address in inside], Quality())
         self.outside = Interface(self, above, [ipaddress.ip_address(address) for address in outside], line)
+        self.forwards = Forwards()
+        self.pcp = PcpServer(self.forwards, lambda: self._public()[0], self._is_free) if pcp else None
         self.nat = None if nat is None else self._new_nat(nat)
         lan.gateway = self.inside
         for prefix in lan.prefixes:
@@ -66,18 +72,20 @@ class Router:
     def _receive_inside(self, datagram: Datagram) -> None:
         source, destination, data = datagram
         now = self._internet.loop.instant
-        if destination.is_ipv6 or self.nat is None:
+        if destination.host in self.inside.hosts:
+            self._serve(datagram, now)
+        elif destination.is_ipv6 or self.nat is None:
             if destination.is_ipv6 and self.firewall is not None:
                 self.firewall.pass_out(source, destination, now)
             self.outside.send(datagram)
         elif destination.host in self.nat.public:
-            ends = self.nat.translate_hairpin(source, destination, now)
+            ends = self._hairpin(self.nat, source, destination, now)
             if ends is None:
                 self._filter(datagram)
             else:
                 self.inside.send(Datagram(ends[0], ends[1], data))
         else:
-            external = self.nat.translate_out(source, destination, now)
+            external = self._leaves_as(self.nat, source, destination, now)
             if external is None:
                 self._filter(datagram)
             else:
@@ -92,11 +100,34 @@ class Router:
             else:
                 self.inside.send(datagram)
             return
-        inside = self.nat.translate_in(source, destination, now)
+        inside = self.forwards.translate_in(source, destination, now)
+        inside = inside or self.nat.translate_in(source, destination, now)
         if inside is None:
             self._filter(datagram)
         else:
             self.inside.send(Datagram(source, inside, data))
+
+    def _leaves_as(self, nat: Nat, source: Endpoint, remote: Endpoint, now: float) -> Endpoint | None:
+        return self.forwards.translate_out(source, remote, now) or nat.translate_out(source, remote, now)
+
+    def _hairpin(self, nat: Nat, source: Endpoint, external: Endpoint, now: float) -> tuple[Endpoint, Endpoint] | None:
+        if self.forwards.owner(external, now) is None:
+            return nat.translate_hairpin(source, external, now)
+        seen_as = self._leaves_as(nat, source, external, now) if nat.kind.hairpin else None
+        inside = None if seen_as is None else self.forwards.translate_in(seen_as, external, now)
+        return None if seen_as is None or inside is None else (seen_as, inside)
+
+    def _serve(self, datagram: Datagram, now: float) -> None:
+        """A datagram for the router itself."""
+        source, destination, data = datagram
+        answer = self.pcp.handle(source, data, now) if self.pcp is not None and destination.port == PCP_PORT else None
+        if answer is None:
+            self._filter(datagram)
+        else:
+            self.inside.send(Datagram(destination, source, answer))
+
+    def _is_free(self, external: Endpoint, inside: Endpoint) -> bool:
+        return self.nat is None or self.nat.serves(external, inside, self._internet.loop.instant)
 
     def _filter(self, datagram: Datagram) -> None:
         self._internet.note(self._internet.loop.instant, self.name, self.name, datagram, Fate.FILTERED)
@@ -105,6 +136,8 @@ class Router:
         """Forget all mappings and permits, as a power cut does."""
         if self.nat is not None:
             self.nat.flush()
+        if self.pcp is not None:
+            self.pcp.restart(self._internet.loop.instant)
         if self.firewall is not None:
             self.firewall.flush()
 
@@ -121,5 +154,12 @@ class Router:
             self.nat = self._new_nat(self.nat.kind)
 
     def _new_nat(self, kind: NatKind) -> Nat:
-        public = [str(address) for address in self.outside.addresses if address.version == 4]
-        return Nat(public, kind, self._internet.draw(f"nat/{self.name}/{self._internet.loop.elapsed}"))
+        loop = self._internet.loop
+        if self.pcp is not None:
+            self.pcp.restart(loop.instant)
+        nat = Nat(self._public(), kind, self._internet.draw(f"nat/{self.name}/{loop.elapsed}"))
+        nat.is_taken = lambda external: self.forwards.owner(external, loop.instant) is not None
+        return nat
+
+    def _public(self) -> list[str]:
+        return [str(address) for address in self.outside.addresses if address.version == 4]

@@ -42,6 +42,7 @@ async def start_node(
             wall=host.wall,
             emit=on_event,
             tuning=tuning,
+            port_mapper=host.port_mapper if any(home.router.pcp for home in world.homes.values()) else None,
         )
         await node.start()
         await node.add_network(machine.profile, host.store)

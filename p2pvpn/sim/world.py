@@ -180,12 +180,13 @@ class World:
         ipv6: bool = False,
         firewall: Rule | None = Rule.APD,
         blocks_udp: bool = False,
+        pcp: bool = False,
         line: Quality = ACCESS,
     ) -> Home:
         """A LAN behind a router: `nat` is a kind or its name, or `none` for public IPv4 addresses inside.
 
         `behind` puts it into another home's LAN (a carrier's network, say: `lan="100.64.0.0/10"`); `ipv6` gives it a
-        prefix of its own behind a `firewall`, also there.
+        prefix of its own behind a `firewall`, also there. With `pcp` the router maps ports (RFC 6887).
         """
         name = name or f"home{len(self.homes) + 1}"
         if name in self.homes:
@@ -209,6 +210,7 @@ class World:
             firewall=Firewall(firewall) if ipv6 and firewall is not None else None,
             line=line,
             blocks_udp=blocks_udp,
+            pcp=pcp,
         )
         outer = behind if ipv6 else None
         while outer is not None:  # every network further out knows the way to the prefix

@@ -22,12 +22,20 @@ class Life:
     """Builds the world, runs a story in it, and answers questions about it."""
 
     def __init__(
-        self, seed: int, nat_a: str = "port-restricted", nat_b: str = "port-restricted", tuning: Tuning | None = None
+        self,
+        seed: int,
+        nat_a: str = "port-restricted",
+        nat_b: str = "port-restricted",
+        tuning: Tuning | None = None,
+        *,
+        pcp: bool | str = False,
     ) -> None:
+        """`pcp`: the routers map ports; or only that of the peer of this name does."""
         self.world = World(seed)
         self.tuning = tuning
         self.hubs = [self.world.hub() for _ in range(3)]
         self.homes: dict[str, Home] = {}
+        self._pcp = pcp
         self.a = self._peer("a", nat_a)
         self.b = self._peer("b", nat_b)
         self.world.publish()
@@ -39,7 +47,7 @@ class Life:
     def _peer(self, name: str, nat: str) -> Machine:
         if nat == "none":
             return self.world.peer(name)
-        self.homes[name] = self.world.home(nat, name=f"home {name}")
+        self.homes[name] = self.world.home(nat, name=f"home {name}", pcp=self._pcp in (True, name))
         return self.world.peer(name, behind=self.homes[name])
 
     def run(self, story: Coroutine[Any, Any, None], limit_s: float = 7200.0) -> None:
@@ -77,6 +85,12 @@ class Life:
         session = self.network(machine).sessions.get(other.overlay)
         kind = session.path_kind if session is not None else None
         return kind.value if kind is not None else None
+
+    def remote(self, machine: Machine, other: Machine) -> str:
+        """Where `machine` sends to reach `other`."""
+        current = self.network(machine).sessions[other.overlay].current
+        assert current is not None
+        return str(current.path.remote)
 
     async def ping(self, machine: Machine, other: Machine, count: int = 20, interval_s: float = 0.05) -> Report:
         return await Pinger(machine.host, other.overlay, count=count, interval_s=interval_s).done()
