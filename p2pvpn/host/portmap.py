@@ -34,8 +34,8 @@ log = logging.getLogger(__name__)
 
 UPNP_AFTER_S = 1.5
 """A router that answered neither PCP nor NAT-PMP by then is asked by UPnP too."""
-UPNP_REST_S = 1800.0
-"""Before UPnP is tried again where it failed; a change of network starts over."""
+UPNP_FIRST_REST_S, UPNP_REST_S = 60.0, 1800.0
+"""Before UPnP is tried again where it failed, doubled each time; a change of network starts over."""
 MAX_GATEWAYS = 4
 """Routers asked; a laptop has one or two. Per router and family at most two addresses of ours are mapped."""
 MAX_ADDRESSES = 2
@@ -246,6 +246,7 @@ class PortMapper:
     async def _keep_by_upnp(self, line: _Line, igd: Igd) -> None:
         """Map and renew, as long as the router does nothing by PCP or NAT-PMP."""
         await asyncio.sleep(UPNP_AFTER_S)
+        rest_s = UPNP_FIRST_REST_S
         while line.client.mapping is None:
             before = igd.mapping
             try:
@@ -253,7 +254,7 @@ class PortMapper:
                 assert igd.mapping is not None
                 self._tell(line.client.gateway, _described(igd.mapping))
             except P2pvpnError as problem:
-                pause_s = UPNP_REST_S
+                pause_s, rest_s = rest_s, min(2.0 * rest_s, UPNP_REST_S)
                 line.client.reason = f"{line.client.reason}; {problem}" if line.client.reason else str(problem)
                 self._tell(line.client.gateway, line.client.reason)
             if igd.mapping != before:

@@ -164,13 +164,15 @@ def test_nat_pmp_is_tried_when_pcp_is_not_answered_at_all() -> None:
 
 def test_where_nobody_answers_the_client_rests_and_asks_again() -> None:
     life = Life(silence).start()
-    life.run(200)
+    life.run(170)
     assert life.client.phase is Phase.RESTING
     assert life.events == [MapRefused(GATEWAY.host, "the router does not answer")]
+    life.run(40_000)
     before = len(life.sent)
-    assert before <= 12
-    life.run(200 + SILENCE_REST_S)
-    assert life.sent[before][1][0] == 2, "PCP first again"
+    life.run(40_000 + 1.3 * SILENCE_REST_S)
+    round_of_both = life.sent[before:]
+    assert len(round_of_both) <= 24
+    assert {data[0] for _, data in round_of_both} == {0, 2}, "PCP again too"
     assert life.events[1:] == []
 
 
@@ -331,7 +333,7 @@ def test_no_datagrams_break_the_client_or_make_it_busy(datagrams: list[tuple[byt
             life.feed(life.client.handle(GATEWAY, prefix + data, life.now))
             life.hear(prefix + data)
         life.run(life.now + pause_s)
-    assert len(life.sent) <= 20 + 2 * len(datagrams) + life.now / 4
+    assert len(life.sent) <= 30 + 2 * len(datagrams) + life.now / 3
 
 
 def test_an_epoch_runs_with_our_clock_or_the_router_lost_its_memory() -> None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from p2pvpn.lab.net import Home, running
 
+START_S = 5.0
 PUBLIC = "11.0.0.{}"
 _TABLES = """
 table inet filter {
@@ -49,11 +51,17 @@ def miniupnpd(
 ) -> Iterator[subprocess.Popen[str]]:
     """The router of `home`, whose NAT is set up, maps ports meanwhile."""
     home.router.nft(_TABLES)
-    home.router.ip("route add 239.0.0.0/8 dev lan")
+    home.router.ip("route replace 239.0.0.0/8 dev lan")
     words = {True: "yes", False: "no"}
     file = directory / f"{home.router}.conf"
     file.write_text(_CONFIGURATION.format(pcp=words[pcp], upnp=words[upnp], version1=words[version1]))
-    log = (directory / f"{home.router}.log").open("w")
+    said = directory / f"{home.router}.log"
+    log = said.open("w")
     argv = ["miniupnpd", "-d", "-f", str(file), "-P", str(directory / f"{home.router}.pid")]
     with log, running(home.router.popen(argv, stdout=log, stderr=log)) as process:
+        ready = [*(["NAT-PMP/PCP traffic"] if pcp else []), *(["HTTP listening"] if upnp else [])]
+        deadline = time.monotonic() + START_S
+        while not all(word in said.read_text() for word in ready):
+            assert time.monotonic() < deadline, said.read_text()
+            time.sleep(0.01)
         yield process

@@ -27,7 +27,7 @@ from .mapping import MapGained, MapLost, MapRefused, PortMapping, clamped_lifeti
 MIN_REST_S, MAX_REST_S = 30.0, 1800.0
 """Between a refusal and the next request, whatever time the refusal names."""
 SILENCE_REST_S = 900.0
-"""The same when nothing was ever answered; a change of network starts over."""
+"""The same at most when nothing was answered: from `MIN_REST_S` on, doubled each time. It may have been booting."""
 MIN_RENEWAL_S = 4.0
 """Between requests to renew (RFC 6887 section 11.2.1)."""
 RESTART_DELAY_S = 5.0
@@ -63,6 +63,7 @@ class GatewayClient:
         self._request = b""
         self._wait_s = 0.0
         self._tries = 0
+        self._silences = 0
         self._next_at: float | None = None
         self._held_at = 0.0
         self._expires_at = 0.0
@@ -78,6 +79,7 @@ class GatewayClient:
         until it expires."""
         if self.mapping is None:
             self._dialogue = PcpDialogue(self.local, self._entropy)
+        self._silences = 0
         self._ask(now)
         return self._finish()
 
@@ -115,7 +117,7 @@ class GatewayClient:
     def unreachable(self, now: float) -> list[Output]:
         """The router refuses the port (ICMP): no need to wait for its silence."""
         if self._phase is Phase.ASKING and self.mapping is None and not self.has_answered:
-            self._rest("the router speaks neither PCP nor NAT-PMP", SILENCE_REST_S, now)
+            self._rest_in_silence("the router speaks neither PCP nor NAT-PMP", now)
         return self._finish()
 
     def next_deadline(self) -> float | None:
@@ -162,7 +164,7 @@ class GatewayClient:
             if isinstance(self._dialogue, PcpDialogue) and not self.local.is_ipv6:
                 self._speak_natpmp(now)
             else:
-                self._rest("the router does not answer", SILENCE_REST_S, now)
+                self._rest_in_silence("the router does not answer", now)
             return
         self._wait_s = min(2.0 * self._wait_s, self._dialogue.max_s)
         self._send(now)
@@ -181,6 +183,10 @@ class GatewayClient:
             self.reason = reason
             self._out.append(MapRefused(self.gateway, reason))
         self._next_at = now + min(max(wait_s, MIN_REST_S), MAX_REST_S)
+
+    def _rest_in_silence(self, reason: str, now: float) -> None:
+        self._rest(reason, min(MIN_REST_S * 2.0**self._silences, SILENCE_REST_S), now)
+        self._silences += 1
 
     def _jittered(self, seconds: float) -> float:
         return seconds * (1.0 + self._dialogue.jitter * (2.0 * self._share() - 1.0))
@@ -209,11 +215,12 @@ class GatewayClient:
                 if version == natpmp.VERSION and not self.local.is_ipv6 and self.mapping is None:
                     self._speak_natpmp(now)
                 else:
-                    self._rest(f"the router speaks PCP version {version} only", SILENCE_REST_S, now)
+                    self._rest(f"the router speaks PCP version {version} only", MAX_REST_S, now)
 
     def _hold(self, granted: Granted, now: float) -> None:
         """Renewed when half of its life is over, or up to five eighths, so that not all clients ask at once."""
         self._epoch.take(granted.epoch_s, now)
+        self._silences = 0
         lifetime_s = clamped_lifetime(granted.lifetime_s)
         self._phase = Phase.HOLDING
         self._held_at = now
