@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from p2pvpn.core import stun
 from p2pvpn.core.address import Path
 from p2pvpn.core.errors import TrustError, WireError
-from p2pvpn.core.limits import BoundedTable
+from p2pvpn.core.limits import BoundedTable, TokenBucket
 from p2pvpn.core.output import Output
 from p2pvpn.core.ports import Entropy
 
@@ -46,6 +46,9 @@ MAX_LEARNED_FAILURES = 7
 """Rounds after which a path that no candidate names is forgotten: two minutes of backoff."""
 ALTERNATIVES = 2
 """Working paths besides the chosen one that are kept warm."""
+LEARNED_PER_S, LEARNED_BURST = 0.2, 8.0
+"""Paths learned from checks that come from elsewhere. Between two NATs that map by port and let everybody in, every
+check in return opens one more port, to which the other side's check in return opens one more, for ever."""
 CROSSING_S = 0.005
 """Checks of both sides that cross within this time need no second one."""
 
@@ -76,6 +79,7 @@ class PunchAgent:
         self.outbox = Outbox(self._messages, limits)
         self._seen: BoundedTable[bytes, None] = BoundedTable(MAX_SEEN)
         self._early: BoundedTable[Path, bool] = BoundedTable(MAX_EARLY)
+        self._learning = TokenBucket(LEARNED_PER_S, LEARNED_BURST)
         self._give_up_at: float | None = None
         self._overdue = False
         self._nominations = 0
@@ -257,7 +261,7 @@ class PunchAgent:
         """An authenticated check: the peer can send here (RFC 8445 sections 7.3.1.3 to 7.3.1.5)."""
         pair = self.checks.find(path)
         if pair is None:
-            pair = self.checks.learn(path)
+            pair = self.checks.learn(path) if self._learning.take(now) else None
             if pair is None:
                 return
             if self._selected is not None:
