@@ -184,12 +184,12 @@ def _open_pair(family: int, port: int) -> UdpSockets | None:
     return UdpSockets(family, control, esp, strangers)
 
 
-def open_plain(port: int) -> tuple[socket.socket, ...]:
-    """One non-blocking socket per family on a port where only the engine listens; families that it cannot be had in
-    are left out.
+def open_plain(port: int, families: Sequence[int] = (socket.AF_INET, socket.AF_INET6)) -> tuple[socket.socket, ...]:
+    """One non-blocking socket per family on a port (0 for any) where only the engine listens; families that it cannot
+    be had in are left out.
     """
     found: list[socket.socket] = []
-    for family in (socket.AF_INET, socket.AF_INET6):
+    for family in families:
         with contextlib.suppress(OSError):
             sock = _udp_socket(family)
             try:

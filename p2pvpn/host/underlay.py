@@ -10,7 +10,7 @@ import socket
 from collections.abc import Callable, Sequence
 
 from p2pvpn.core.address import Endpoint, IpNetwork, Path
-from p2pvpn.core.errors import LocalError
+from p2pvpn.core.errors import Fault, LocalError
 
 from .netlink import LocalAddress, Netlink
 from .udp import (
@@ -88,7 +88,7 @@ class Underlay:
                 sock.close()
         self._shared.close()
 
-    def listen_at(self, ports: Sequence[int]) -> None:
+    def listen_at(self, ports: Sequence[int]) -> Sequence[int]:
         for port in ports:
             if any(known == port for _, known in self._sockets):
                 continue
@@ -97,6 +97,22 @@ class Underlay:
                 log.warning("UDP port %d is in use by another program: peers learn less about their NATs from us", port)
             for sock in opened:
                 self._listen(sock, port)
+        return [port for port in ports if any(known == port for _, known in self._sockets)]
+
+    def open_probe(self, ipv6: bool) -> int:
+        opened = open_plain(0, [socket.AF_INET6 if ipv6 else socket.AF_INET])
+        if not opened:
+            raise LocalError("no socket can be had to measure with", fault=Fault.MACHINE)
+        port: int = opened[0].getsockname()[1]
+        self._listen(opened[0], port)
+        return port
+
+    def close_probe(self, port: int) -> None:
+        for key, sock in list(self._sockets.items()):
+            if key[1] == port != self.port:
+                self._loop.remove_reader(sock)
+                sock.close()
+                del self._sockets[key]
 
     def open_extra(self, count: int) -> Sequence[int]:
         ports: list[int] = []

@@ -177,6 +177,15 @@ class IkeEndpoint:
         """The way to the peer is open from now on: send the request under way once more."""
         return self._with(sa_id, now, lambda sa: sa.resend(now))
 
+    def trust_silence(self, sa_id: int, liveness_s: float, now: float) -> list[Output]:
+        """Probe the peer of this SA only after so long a silence: others than IKE look after it."""
+
+        def change(sa: IkeSa) -> None:
+            sa.liveness_s = liveness_s
+            sa.heard(now)
+
+        return self._with(sa_id, now, change)
+
     def heard(self, sa_id: int, now: float) -> list[Output]:
         """ESP of this SA arrived: puts the next liveness check off."""
         return self._with(sa_id, now, lambda sa: sa.heard(now))

@@ -98,6 +98,8 @@ class IkeSa:
         self.requests = Requests(local.settings.queue_max)
         self.answers = Answers()
         self._channel = Channel(local.settings)
+        self.liveness_s = local.settings.liveness_s
+        """Quiet time after which the peer is probed; None for never."""
         self._timers: TimerTable[Timer] = TimerTable()
         self._hinted: Path | None = None
         self._later: list[Task] = []
@@ -240,8 +242,8 @@ class IkeSa:
 
     def heard(self, now: float) -> None:
         """The peer is known to be alive: the next probe is put off."""
-        if self.state is State.ESTABLISHED and self.local.settings.liveness_s is not None and not self.silent:
-            self._timers.set(Timer.LIVENESS, now + self.local.settings.liveness_s)
+        if self.state is State.ESTABLISHED and self.liveness_s is not None and not self.silent:
+            self._timers.set(Timer.LIVENESS, now + self.liveness_s)
 
     # What tasks do
 

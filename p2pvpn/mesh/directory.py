@@ -73,6 +73,9 @@ class Directory:
         self._resolving: set[IPv4Address] = set()
         self._hubs: tuple[PeerId, ...] = ()
         self._dirty = asyncio.Event()
+        self._named: object = None
+        """The name and address that the hubs were told of."""
+        self._name_again_at = 0.0
 
     # What we know.
 
@@ -185,10 +188,10 @@ class Directory:
         me = self._owner.me
         bodies: list[records.Body] = [
             LocatorBody(self._hubs[: records.MAX_HUBS], self._owner.public_endpoints()[: records.MAX_ENDPOINTS]),
-            NameBody(me.name, me.overlay),
         ]
-        if me.ipv4 is not None:
-            bodies.append(NameBody(str(me.ipv4), me.overlay))
+        now, held = self._services.now, (me.name, me.ipv4)
+        if held != self._named or now >= self._name_again_at:
+            bodies += [NameBody(name, me.overlay) for name in (me.name, str(me.ipv4 or "")) if name]
         wall = self._services.wall()
         raws = [
             records.build(
@@ -206,7 +209,10 @@ class Directory:
         for answer in answers:
             if isinstance(answer, BaseException) and not isinstance(answer, P2pvpnError):
                 raise answer
-        return all(isinstance(answer, int) and answer > 0 for answer in answers)
+        done = all(isinstance(answer, int) and answer > 0 for answer in answers)
+        if done and len(bodies) > 1:
+            self._named, self._name_again_at = held, now + self._services.tuning.name_refresh_s
+        return done
 
 
 def _locator(record: records.Record) -> Locator:

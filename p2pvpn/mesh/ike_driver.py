@@ -130,6 +130,10 @@ class IkeDriver:
         """ESP of the SA came in: its peer lives."""
         self.post(lambda now: self.endpoint.heard(sa_id, now))
 
+    def trust_silence(self, sa_id: int, liveness_s: float) -> None:
+        """Ask this peer whether it lives only after so long a silence."""
+        self.post(lambda now: self.endpoint.trust_silence(sa_id, liveness_s, now))
+
     def probe(self, sa_id: int) -> None:
         """Ask whether the peer lives."""
         self.post(lambda now: self.endpoint.probe(sa_id, now))

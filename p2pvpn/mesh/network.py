@@ -39,6 +39,8 @@ from .gossip import DocumentGossip
 from .hub_dial import dial_hub
 from .hubside import HubSide
 from .ike_driver import carried_path
+from .knocks import Knocks
+from .natwatch import HubEnd
 from .notices import CANDIDATES, NAT, DocumentVersion, document_version
 from .ports import Resolver, SaUsage
 from .relaying import RelayPath
@@ -114,6 +116,7 @@ class Network:
             emit=self.emit,
         )
         self.hub: HubSide | None = None
+        self.knocks = Knocks(services, self, self.rpc, services.proofs) if self.me.is_hub else None
         if self.me.is_hub:
             whereabouts.Whereabouts(self.rpc, self)
         if self.me.is_hub and services.forwarder is not None:
@@ -460,12 +463,28 @@ class Network:
         lines = self._services.lines
         return [lines.udp_of(s.current.path.remote) for s in sessions if s is not None and s.current is not None]
 
+    def hub_ends(self) -> list[HubEnd]:
+        """The hubs that a peer has tunnels to."""
+        if self.me.is_hub:
+            return []
+        lines = self._services.lines
+        found = [(hub, self.sessions.get(hub.overlay)) for hub in self.attachments.connected()]
+        return [
+            HubEnd(hub.name, hub.peer_id, hub.overlay, lines.udp_of(session.current.path.remote), self.rpc)
+            for hub, session in found
+            if session is not None and session.current is not None
+        ]
+
+    def local_address(self, overlay: IPv6Address) -> Endpoint | None:
+        """Where the peer's tunnel reaches us."""
+        session = self.sessions.get(overlay)
+        return session.current.path.local if session is not None and session.current is not None else None
+
     def doubt_hub(self, at: Endpoint) -> None:
         """The hub there may be gone, or may not know us any more: verify the tunnel to it."""
-        for hub in self.attachments.connected():
-            session = self.sessions.get(hub.overlay)
-            if session is not None and session.current is not None and session.current.path.remote == at:
-                session.suspect()
+        for end in self.hub_ends():
+            if end.endpoint == at:
+                self.session(end.overlay).suspect()
 
     # What the command line asks.
 

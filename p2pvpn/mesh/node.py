@@ -37,12 +37,13 @@ from p2pvpn.punch.limits import PunchLimits
 from p2pvpn.punch.mux import PunchMux
 from p2pvpn.punch.proof import Proofs
 from p2pvpn.punch.reflector import Reflector
-from p2pvpn.punch.reflexive import STUN_PORTS, HubDoubted, ReflexiveLearned, ReflexiveLost, ReflexiveProbe
+from p2pvpn.punch.reflexive import HubDoubted, ReflexiveLearned, ReflexiveLost, ReflexiveProbe
 
 from .connect import Attempt
 from .events import EventSink
 from .ike_driver import IKE_PORT_WITHOUT_MARKER, IkeDriver
 from .lines import Lines
+from .natwatch import HubEnd, NatWatch
 from .network import Network
 from .outside import Outside
 from .ports import Forwarder, KeyLog, Plane, PortMapper, Resolver, StateStore, Streams, Underlay
@@ -95,7 +96,7 @@ class Node:
         self._network_of: dict[int, Network] = {}
         """Network by IKE SA."""
         children = count(1)
-        settings = IkeSettings(liveness_s=tuning.liveness_s, move_tries=MOVE_TRIES)
+        settings = IkeSettings(liveness_s=tuning.liveness_s, nat_keepalive_s=None, move_tries=MOVE_TRIES)
         sink = key_log.line if key_log is not None else None
         endpoint = IkeEndpoint(settings, entropy, lambda: next(children), self._allocate_spi, sink)
         lines = Lines(streams, tuning.stream_linger_s)
@@ -117,15 +118,19 @@ class Node:
             lines=lines,
             tuning=tuning,
             sampler=Sampler(underlay, entropy),
+            proofs=Proofs(entropy(PROOF_KEY_BYTES)),
+            hub_used=self._hub_used,
         )
         self.networks: dict[str, Network] = {}
         self._runs: dict[str, asyncio.Task[None]] = {}
         self._reflexive = ReflexiveProbe(underlay.port, entropy)
         self._reflexive_pump = Pump(self._reflexive, underlay, self._on_reflexive)
-        self._proofs = Proofs(entropy(PROOF_KEY_BYTES))
-        self._reflector = Reflector(self._proofs)
         self._port_mapper = port_mapper
         self.outside = Outside(underlay, self._reflexive, port_mapper, self.services.punch_limits.refuses)
+        self._reflector = Reflector(self.services.proofs)
+        self.nat_watch = NatWatch(self.services, self._reflexive, self._hub_ends, self._refresh_every)
+        self._stores: dict[str, StateStore] = {}
+        """By the label of the network that is theirs."""
         self._settling: asyncio.TimerHandle | None = None
         self.services.suspect = self._look_outside
         underlay.on_datagram = self._on_datagram
@@ -152,8 +157,6 @@ class Node:
         standing = Standing(profile, store, self.services.wall)
         network = Network(self.services, standing, self._resolver, self, backend)
         self.networks[network.label] = network
-        if network.hub is not None:
-            self._underlay.listen_at(STUN_PORTS)
         self._forbid_overlays()
         self.refresh_credentials()
         try:
@@ -162,6 +165,9 @@ class Node:
             del self.networks[network.label]
             self.refresh_credentials()
             raise
+        if network.hub is None:
+            self.nat_watch.start(store)
+            self._stores[network.label] = store
         self._runs[network.label] = self.services.tasks.start(network.run(), f"network {standing.name}")
         return network
 
@@ -170,6 +176,8 @@ class Node:
         network = self.networks.pop(label)
         self._forbid_overlays()
         self._runs.pop(label).cancel()
+        if (store := self._stores.pop(label, None)) is not None:
+            self.nat_watch.stop(store)
         await network.close()
         self.refresh_credentials()
 
@@ -180,6 +188,7 @@ class Node:
         if self._settling is not None:
             self._settling.cancel()
         self._reflexive_pump.close()
+        self.nat_watch.close()
         self.services.relays.close()
         self.services.lines.close()
         await self.services.tasks.close()
@@ -245,7 +254,7 @@ class Node:
 
     def _on_stun(self, path: Path, data: bytes) -> None:
         now = self.services.now
-        if self.services.relays.route(path, data):
+        if self.nat_watch.handle(path, data) or self.services.relays.route(path, data):
             return
         agent = self.services.punch.find_untrusted(data)
         if agent is not None:
@@ -341,7 +350,22 @@ class Node:
         """Ask the hubs at once where they see us."""
         self._reflexive_pump.feed(self._reflexive.refresh(self.services.now))
 
+    def _hub_ends(self) -> list[HubEnd]:
+        return [end for network in self.networks.values() for end in network.hub_ends()]
+
+    def _hub_used(self, at: Endpoint) -> None:
+        """A packet went to the hub's tunnel and one came back: that kept the binding."""
+        self._reflexive.heard(at, self.services.now)
+
+    def _refresh_every(self, refresh_s: float) -> None:
+        """Bindings want a packet so often."""
+        self.services.relays.refresh_every(refresh_s)
+        self._reflexive.refresh_s = refresh_s
+        self._reflexive_pump.feed(self._reflexive.hasten(self.services.now))
+
     def _on_reflexive(self, output: Output) -> None:
+        if isinstance(output, ReflexiveLearned) and output.silent_s is not None:
+            self.nat_watch.lost(output.silent_s)
         if isinstance(output, ReflexiveLearned | ReflexiveLost):
             self._moved_soon()
         elif isinstance(output, HubDoubted):
@@ -354,6 +378,7 @@ class Node:
         self._reflexive.forget()
         if self._port_mapper is not None:
             self._port_mapper.network_changed()
+        self.nat_watch.network_changed()
         self._look_outside()
         self._moved_soon()
 

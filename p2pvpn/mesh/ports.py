@@ -35,8 +35,16 @@ class Underlay(Protocol):
         """The local port of both families."""
         ...
 
-    def listen_at(self, ports: Sequence[int]) -> None:
-        """Receive at these ports too, as far as they can be had; what comes there has them in `path.local`."""
+    def listen_at(self, ports: Sequence[int]) -> Sequence[int]:
+        """Receive at these ports too; those of them that we have then. What comes there has them in `path.local`."""
+        ...
+
+    def open_probe(self, ipv6: bool) -> int:
+        """A further socket of one family, to measure with: no ESP comes by it. Returns its port; raises LocalError."""
+        ...
+
+    def close_probe(self, port: int) -> None:
+        """Close what `open_probe` opened."""
         ...
 
     def send(self, path: Path, data: bytes) -> None:

@@ -9,7 +9,7 @@ from p2pvpn.core.address import Endpoint, Path, any_local
 from p2pvpn.core.errors import RemoteError
 from p2pvpn.core.output import Output
 from p2pvpn.core.ports import Entropy
-from p2pvpn.relay.client import RelayClients, RelayLost, RelayReady
+from p2pvpn.relay.client import MOST_REFRESH_S, RelayClients, RelayLost, RelayReady
 from p2pvpn.relay.wire import RelayTicket
 
 from .lines import Lines
@@ -177,6 +177,14 @@ class RelayClientPump:
         client = self._clients.at(relay)
         if client is not None:
             self._pump.feed(client.rebind(self._pump.now))
+
+    def refresh_every(self, refresh_s: float) -> None:
+        """NAT bindings want a packet so often."""
+        if refresh_s < self._clients.refresh_s:
+            self._clients.refresh_every(refresh_s)
+            self.network_changed()
+        else:
+            self._clients.refresh_every(min(refresh_s, MOST_REFRESH_S))
 
     def network_changed(self) -> None:
         """Bind everything again: our address or our NAT may be another."""

@@ -8,11 +8,13 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
+from p2pvpn.core.address import Endpoint
 from p2pvpn.core.errors import P2pvpnError
 from p2pvpn.core.ports import Entropy, WallClock
 from p2pvpn.punch.agent import PunchAgent
 from p2pvpn.punch.limits import PunchLimits
 from p2pvpn.punch.mux import PunchMux
+from p2pvpn.punch.proof import Proofs
 
 from .events import EventSink
 from .ike_driver import IkeDriver
@@ -77,6 +79,9 @@ class Services:
     lines: Lines
     tuning: Tuning
     sampler: Sampler
+    proofs: Proofs
+    hub_used: Callable[[Endpoint], None] = lambda at: None
+    """Traffic with the hub there went both ways a moment ago."""
     suspect: Callable[[], None] = lambda: None
     """Asks the hubs at once where they see us: our NAT may have changed."""
     agents: dict[PunchAgent, Pump] = field(default_factory=dict)

@@ -180,6 +180,9 @@ class Session:
         self._sas[sa.id] = sa
         previous = self.current
         self.paths.begun(sa, event.notifies)
+        by_udp = services.lines.at(sa.path.remote) is None
+        if self.with_hub and by_udp and not (self._context.me.is_hub and self.member.is_hub):
+            services.ike.trust_silence(sa.id, services.tuning.hub_liveness_s)
         if previous is None:
             started = self._attempt.started_at if self._attempt is not None and event.initiator else None
             self._switch(sa)
@@ -300,6 +303,8 @@ class Session:
             return
         before, self.usage = self.usage, usage
         if usage.last_in_at > before.last_in_at:
+            if self.with_hub and usage.last_out_at > before.last_out_at:
+                self._services.hub_used(sa.path.remote)
             sa.alive.set()
             self._services.ike.heard(sa.id)
         if self._silence.look(usage, self.rtt_s, self._services.now) is not None:

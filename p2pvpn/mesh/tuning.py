@@ -40,7 +40,10 @@ class Tuning:
     idle_s: float = 300.0
     """A peer without traffic for this long is taken down; its next packet brings it up again."""
     liveness_s: float = 15.0
-    """A hub, or a relayed peer, that sent nothing for this long is asked whether it lives (RFC 7296 section 2.4)."""
+    """A relayed peer, or a fellow hub, that was silent for so long is asked whether it lives (RFC 7296 section 2.4)."""
+    hub_liveness_s: float = 400.0
+    """The same between a hub and a peer. The peer's STUN requests notice a hub that is gone or was started anew, and
+    its publications show both ends that the SA lives; this is for what both miss."""
     sa_life_s: float = 3600.0
     """An SA is replaced by a fresh one before it is this old."""
     sa_replace_fraction: float = 0.8
@@ -49,8 +52,10 @@ class Tuning:
     glare_window_s: float = 10.0
     """Two SAs that both ends began within this time are one connection; later ones replace."""
     locator_life_s: float = 600.0
-    locator_refresh_s: float = 200.0
-    """A third of a locator's life, so that two lost publications do no harm."""
+    locator_refresh_s: float = 240.0
+    """Less than half of a locator's life, so that one that failed altogether does no harm; failures are tried again."""
+    name_refresh_s: float = 1500.0
+    """The same for names and IPv4 addresses, whose records live for an hour."""
     overlay_mtu: int = 1280
     """Inner bytes: the least that IPv6 allows (RFC 8200 section 5); 1365 with ESP, UDP and IPv6 around it, which
     tunnels, PPPoE and mobile networks carry: nothing waits for path MTU discovery, which firewalls break."""

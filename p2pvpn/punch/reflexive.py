@@ -27,6 +27,7 @@ from p2pvpn.core.ports import Entropy
 from .allocation import Sample, judge
 from .behaviour import Allocation, Filtering, Mapping, NatBehaviour
 from .candidates import Candidate, CandidateKind, is_usable
+from .mapping import Heard, judge_mapping
 from .proof import MARK_BYTES, NO_PROOF, PROOF_BYTES, mark_of
 
 MAX_HUBS = 16
@@ -320,28 +321,14 @@ class ReflexiveProbe:
 
     def mapping(self, ipv6: bool = False) -> Mapping:
         """How our NAT maps, for one family."""
-        heard = [(at, hub) for at, hub in self._hubs.items() if at.is_ipv6 == ipv6 and hub.endpoint is not None]
-        both = heard + [(at, hub) for at, hub in self._seconds.items() if at.is_ipv6 == ipv6 and hub.endpoint]
-        if len({hub.endpoint for _, hub in both}) > 1:
-            # Another address of ours is another mapping: only answers to one local address can disagree.
-            found = [_compare([one for one in both if one[1].local == local]) for local in {h.local for _, h in both}]
-            return next((mapping for mapping in found if mapping is not None), Mapping.UNKNOWN)
-        if len({at.host for at, _ in heard}) < 2:
-            return Mapping.UNKNOWN
-        return Mapping.NONE if all(hub.endpoint == hub.local for _, hub in heard) else Mapping.ENDPOINT_INDEPENDENT
-
-
-def _compare(heard: list[tuple[Endpoint, _Hub]]) -> Mapping | None:
-    """The dependence that answers to one local address show, if they show any."""
-    if len({hub.endpoint for _, hub in heard}) < 2:
-        return None
-    told_apart = False
-    for host in {at.host for at, _ in heard}:
-        same_host = [hub.endpoint for at, hub in heard if at.host == host]
-        if len(set(same_host)) > 1:
-            return Mapping.ADDRESS_AND_PORT_DEPENDENT
-        told_apart = told_apart or len(same_host) > 1
-    return Mapping.ADDRESS_DEPENDENT if told_apart else Mapping.ENDPOINT_DEPENDENT
+        both = (*self._hubs.items(), *self._seconds.items())
+        return judge_mapping(
+            [
+                Heard(at, hub.local, hub.endpoint)
+                for at, hub in both
+                if at.is_ipv6 == ipv6 and hub.local is not None and hub.endpoint is not None
+            ]
+        )
 
 
 def _is_plausible(endpoint: Endpoint, path: Path) -> bool:

@@ -36,6 +36,8 @@ MAX_CHALLENGES = 3
 """Nonces accepted in one attempt: one is the rule, a second when it expired on the way; more is a broken relay."""
 REFRESH_S = 20.0
 """Between binds: below the 30 s after which the impatient kind of NAT forgets a UDP mapping."""
+MOST_REFRESH_S = 60.0
+"""However patient the NAT: the relay ends an allocation that three of these left idle."""
 
 
 class Loss(Enum):
@@ -82,7 +84,7 @@ class RelayClient:
         self.ticket = ticket
         self.path = path
         self._entropy = entropy
-        self._refresh_s = min(refresh_s, ticket.lifetime_s / 4)
+        self.refresh_s = refresh_s
         self._state = _State.LOST
         self._timers: TimerTable[_Timer] = TimerTable()
         self._counter = 0
@@ -173,7 +175,7 @@ class RelayClient:
         self._rto_s = max(RTO_S, 1.5 * ready.rtt_s)
         self._pending.clear()
         self._timers.clear_all()
-        self._timers.set(_Timer.REFRESH, now + self._refresh_s)
+        self._timers.set(_Timer.REFRESH, now + min(self.refresh_s, MOST_REFRESH_S, self.ticket.lifetime_s / 4))
         return [ready] if news else []
 
     def _refused(self, message: stun.Message, now: float) -> list[Output]:
@@ -201,6 +203,8 @@ class RelayClients:
     """All bindings of one peer, by the relay's endpoint: routes inbound STUN, folds timers and outputs."""
 
     def __init__(self, entropy: Entropy) -> None:
+        self.refresh_s = REFRESH_S
+        """Of bindings that are opened from now on."""
         self._entropy = entropy
         self._clients: dict[Endpoint, RelayClient] = {}
 
@@ -213,12 +217,18 @@ class RelayClients:
 
     def open(self, ticket: RelayTicket, path: Path, now: float) -> list[Output]:
         """Bind with a ticket over `path`, which leads to the ticket's port; a former binding there is gone."""
-        client = self._clients[path.remote] = RelayClient(ticket, path, self._entropy)
+        client = self._clients[path.remote] = RelayClient(ticket, path, self._entropy, refresh_s=self.refresh_s)
         return client.bind(now)
 
     def close(self, relay: Endpoint) -> None:
         """Forget the binding; the relay ends it for want of refreshes, or when it is told to."""
         self._clients.pop(relay, None)
+
+    def refresh_every(self, refresh_s: float) -> None:
+        """Bindings are refreshed so often from their next refresh on; a shorter pause wants `network_changed` too."""
+        self.refresh_s = refresh_s
+        for client in self._clients.values():
+            client.refresh_s = refresh_s
 
     def network_changed(self, now: float) -> list[Output]:
         """Bind all again at once: our addresses or our NAT may be others now."""

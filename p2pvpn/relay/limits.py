@@ -24,8 +24,9 @@ class RelayLimits:
     """A minute at the sustained rate, so that only lasting use counts."""
     bind_s: float = 60.0
     """Both sides must have bound so soon after the allocation: a call takes seconds, a sleeping phone half a minute."""
-    idle_s: float = 60.0
-    """Without packets and binds for so long, the allocation ends: three refreshes of a client were lost."""
+    idle_s: float = 180.0
+    """Without packets and binds for so long, the allocation ends: three refreshes of a client were lost, whose NAT is
+    known to be patient."""
     lifetime_s: int = 600
     """A side that does not bind again within this has left, though its peer may still be sending to it."""
     queued_datagrams: int = 8

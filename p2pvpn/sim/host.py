@@ -63,11 +63,21 @@ class SimUnderlay:
     def port(self) -> int:
         return self.ports[0]
 
-    def listen_at(self, ports: Sequence[int]) -> None:
+    def listen_at(self, ports: Sequence[int]) -> Sequence[int]:
         for port in ports:
             if port not in self.ports:
                 self._host.sockets.bind(None, port, self._receive)
                 self.ports = (*self.ports, port)
+        return ports
+
+    def open_probe(self, ipv6: bool) -> int:
+        port = self._host.sockets.bind(None, 0, self._receive)
+        self.ports = (*self.ports, port)
+        return port
+
+    def close_probe(self, port: int) -> None:
+        self._host.sockets.unbind(None, port)
+        self.ports = tuple(known for known in self.ports if known != port)
 
     def send(self, path: Path, data: bytes) -> None:
         if not self._closed and (path.local.port in self.ports or path.local.port in self.extra_ports):

@@ -285,7 +285,7 @@ def test_an_allocation_that_one_side_never_binds_ends():
 def test_an_allocation_without_packets_and_binds_ends():
     hub = Hub()
     bound_pair(hub, **KNOWN)
-    hub.now += 60
+    hub.now += 180
     assert end_of(hub) == [(ALICE, BOB, Expiry.IDLE)]
 
 
