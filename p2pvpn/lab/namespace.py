@@ -31,7 +31,10 @@ CLONE_NEWUSER = 0x1000_0000
 CLONE_NEWPID = 0x2000_0000
 CLONE_NEWNET = 0x4000_0000
 MS_NOSUID_NODEV_NOEXEC = 0x2 | 0x4 | 0x8
+MS_BIND = 0x1000
 MS_REC_PRIVATE = 0x4000 | 0x40000
+MS_SHARED = 0x100000
+MNT_DETACH = 2
 PR_SET_PDEATHSIG = 1
 CAP_SYS_ADMIN = 21
 SIOCSIFFLAGS = 0x8914
@@ -79,6 +82,45 @@ def network_namespace(path: str | Path) -> Iterator[None]:
             _check("setns", _libc.setns(home, CLONE_NEWNET))
     finally:
         os.close(home)
+
+
+def add_network_namespace(path: Path) -> None:
+    """Make a network namespace that `path` keeps alive, as ip-netns(8) does under /run/netns. Raises OSError."""
+    directory = path.parent
+    if not directory.exists():
+        directory.mkdir(parents=True)
+        where = os.fsencode(directory)
+        _mount(where, where, None, MS_BIND)
+        _mount(b"none", where, None, MS_SHARED)  # so that an end is seen by those who copied the mounts
+    path.touch(exist_ok=False)
+    home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _check("unshare", _libc.unshare(CLONE_NEWNET))
+        try:
+            _mount(b"/proc/thread-self/ns/net", os.fsencode(path), None, MS_BIND)
+        finally:
+            _check("setns", _libc.setns(home, CLONE_NEWNET))
+    finally:
+        os.close(home)
+
+
+def remove_network_namespace(path: Path) -> None:
+    """Undo that; the namespace ends with the last process in it. Raises OSError."""
+    _check(f"umount {path}", _libc.umount2(os.fsencode(path), MNT_DETACH))
+    path.unlink()
+
+
+def pids_inside(path: Path) -> list[int]:
+    """Processes whose network namespace is this one."""
+    wanted = path.stat()
+    pids = []
+    for directory in Path("/proc").iterdir():
+        if directory.name.isdigit():
+            with contextlib.suppress(OSError):  # ended meanwhile
+                found = (directory / "ns" / "net").stat()
+                if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
+                    pids.append(int(directory.name))
+    return pids
 
 
 def fork_into_lab() -> int | None:

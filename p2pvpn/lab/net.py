@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -29,7 +30,13 @@ from typing import IO, Any
 from p2pvpn.core.errors import LocalError
 
 from . import delay, uml
-from .namespace import is_inside, network_namespace
+from .namespace import (
+    add_network_namespace,
+    is_inside,
+    network_namespace,
+    pids_inside,
+    remove_network_namespace,
+)
 
 ROUTER_V4 = "192.0.2.254"
 ROUTER_V6 = "2001:db8::ffff"
@@ -134,7 +141,7 @@ class Node:
 
     def pids(self) -> list[int]:
         """Processes whose network namespace is this host's."""
-        return [int(pid) for pid in _run(["ip", "netns", "pids", self.name]).stdout.split()]
+        return pids_inside(self.namespace)
 
     def kill(self, number: signal.Signals = signal.SIGKILL) -> int:
         """Send every process of this host the signal; how many there were."""
@@ -197,16 +204,17 @@ class Lab:
         for line in self._lines:
             line.kill()
             line.wait()
-        for name in self._nodes:
-            _run(["ip", "netns", "del", name])
+        for node in self._nodes.values():
+            remove_network_namespace(node.namespace)
         self._lines, self._nodes, self.hops = [], {}, []
 
     def node(self, name: str) -> Node:
         """A new host with nothing but loopback."""
         if name in self._nodes:
             raise LocalError(f"there is a host {name!r} already")
-        _run(["ip", "netns", "add", name])
-        node = self._nodes[name] = Node(name)
+        node = Node(name)
+        add_network_namespace(node.namespace)
+        self._nodes[name] = node
         node.sysctl(SYSCTLS)
         node.ip("link set lo up")
         return node
@@ -302,7 +310,7 @@ def _run(
         given.seek(0)
         process = subprocess.Popen(argv, stdin=given, stdout=out, stderr=err, env={**os.environ, **(environment or {})})
         try:
-            process.wait(timeout_s)
+            _wait(process, timeout_s)
             outcome = f"exit status {process.returncode}"
         except subprocess.TimeoutExpired:
             process.kill()
@@ -315,6 +323,17 @@ def _run(
         line = " ".join(word if len(word) <= ARGUMENT_CHARACTERS else f"{word[:20]}..." for word in argv)
         raise CommandError(f"{line}: {outcome}\n{stdin or ''}\n{done.stdout}{done.stderr}".rstrip())
     return done
+
+
+def _wait(process: subprocess.Popen[bytes], timeout_s: float) -> None:
+    """As `Popen.wait`, which looks again and again. Raises TimeoutExpired."""
+    pidfd = os.pidfd_open(process.pid)
+    try:
+        if not select.select([pidfd], [], [], timeout_s)[0]:
+            raise subprocess.TimeoutExpired(process.args, timeout_s)
+    finally:
+        os.close(pidfd)
+    process.wait()
 
 
 @contextlib.contextmanager

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import random
 import select
-import subprocess
+import signal
 import sys
 import time
-from pathlib import Path as FilePath
+import traceback
 
 from p2pvpn.core.address import Endpoint, Path
 from p2pvpn.core.child import ChildSa, EspSuite
 from p2pvpn.core.secret import Secret
 from p2pvpn.core.selector import Selector
 from p2pvpn.lab.net import Lab, Node
+from tools.bench import endpoint
 from tools.bench.endpoint import encode_child
 
-ROOT = FilePath(__file__).parents[2]
 PORT = 4500
 PUBLIC = {"a": ("192.0.2.10", "2001:db8::10"), "b": ("192.0.2.20", "2001:db8::20"), "c": ("192.0.2.30", "2001:db8::30")}
 INNER = {"a": ("10.9.0.1", "fd00:9::1"), "b": ("10.9.0.2", "fd00:9::2"), "c": ("10.9.0.3", "fd00:9::3")}
@@ -30,19 +31,60 @@ class Refusal(Exception):
     """The other process answered with an error."""
 
 
+class _Process:
+    """A fork of this one in a node's namespace, with the port and the plane: it has imported everything already."""
+
+    def __init__(self, node: Node, port: int, plane: str) -> None:
+        ours_in, self._stdin = os.pipe()
+        self.stdout, ours_out = os.pipe()
+        os.set_blocking(self.stdout, False)
+        self.status: int | None = None
+        sys.stdout.flush()
+        self.pid = os.fork()
+        if self.pid:
+            os.close(ours_in)
+            os.close(ours_out)
+            return
+        try:
+            with node.inside():
+                os.dup2(ours_in, 0)
+                os.dup2(ours_out, 1)
+                os.closerange(3, 1024)
+                sys.stdin, sys.stdout = os.fdopen(0), os.fdopen(1, "w")
+                asyncio.run(endpoint.serve(port, plane))
+        except BaseException:  # noqa: BLE001 (the forked process ends here, whatever happens)
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+
+    def write(self, line: str) -> None:
+        os.write(self._stdin, line.encode() + b"\n")
+
+    def wait(self, timeout_s: float = WAIT_S) -> None:
+        """Until it has ended. Raises TimeoutError."""
+        if self.status is None:
+            pidfd = os.pidfd_open(self.pid)
+            ended = select.select([pidfd], [], [], timeout_s)[0]
+            os.close(pidfd)
+            if not ended:
+                raise TimeoutError
+            _, self.status = os.waitpid(self.pid, 0)
+
+    def close(self) -> None:
+        if self.status is None:
+            os.kill(self.pid, signal.SIGKILL)
+            self.wait()
+        os.close(self._stdin)
+        os.close(self.stdout)
+
+
 class Peer:
     """A process in a node's namespace that has the port and the plane."""
 
     def __init__(self, node: Node, port: int = PORT, plane: str = "user") -> None:
         self.node = node
         self.events: list[tuple[str, list]] = []
-        self.process = node.popen(
-            [sys.executable, "-m", "tools.bench.endpoint", str(port), plane],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            environment={"PYTHONPATH": str(ROOT)},
-        )
-        os.set_blocking(self.process.stdout.fileno(), False)
+        self.process = _Process(node, port, plane)
         self._buffer = b""
         self.port = self._answer()
         self.device = ""
@@ -50,8 +92,7 @@ class Peer:
 
     def ask(self, *command):
         """Carry a command out in the process and give its answer. Raises Refusal."""
-        self.process.stdin.write(json.dumps(command) + "\n")
-        self.process.stdin.flush()
+        self.process.write(json.dumps(command))
         return self._answer()
 
     def open(self, mtu: int = 1400) -> None:
@@ -85,7 +126,7 @@ class Peer:
 
     def _line(self) -> bytes:
         deadline = time.monotonic() + WAIT_S
-        fd = self.process.stdout.fileno()
+        fd = self.process.stdout
         while b"\n" not in self._buffer:
             if not select.select([fd], [], [], max(deadline - time.monotonic(), 0))[0]:
                 raise AssertionError(f"{self.node}: no word from the process")
@@ -97,10 +138,7 @@ class Peer:
         return line
 
     def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.process.stdin.close()
-        self.process.stdout.close()
+        self.process.close()
 
 
 def link(lab: Lab) -> tuple[Node, Node]:

@@ -13,6 +13,7 @@ from p2pvpn.lab.net import Lab
 from tests.host.peers import INNER, PUBLIC, ROUTES, Peer, children, connect, link
 from tests.host.test_user_plane import bound, spoof
 
+from .pings import ping
 from .test_planes import outgoing, smuggle
 
 pytestmark = [pytest.mark.netns, pytest.mark.slow, pytest.mark.timeout(120)]
@@ -58,7 +59,7 @@ def test_a_killed_daemon_leaves_no_way_in_the_clear_and_its_successor_cleans_up(
         b.open()
         connect(a, b, children(7))
         connect(a, b, children(8))
-        assert a_host.ping(INNER["b"][0])
+        assert ping(a_host, INNER["b"][0])
         os.kill(a.process.pid, signal.SIGKILL)
         a.process.wait()
         for near, far in zip(PUBLIC["a"], PUBLIC["b"], strict=True):
@@ -77,8 +78,8 @@ def test_a_killed_daemon_leaves_no_way_in_the_clear_and_its_successor_cleans_up(
         b.ask("remove", 7)
         b.ask("remove", 8)
         connect(again, b, children(9))
-        assert a_host.ping(INNER["b"][0])
-        assert a_host.ping(INNER["b"][1])
+        assert ping(a_host, INNER["b"][0])
+        assert ping(a_host, INNER["b"][1])
         again.ask("stop")
         assert xfrm_of(a_host) == before
         assert "proto 112" not in a_host.run(["ip", "route"]).stdout + a_host.run(["ip", "-6", "route"]).stdout
@@ -91,8 +92,8 @@ def nothing_leaves(node):
         capture.setblocking(False)
         for inner in (0, 1):
             for target in (INNER["b"][inner], INNER["c"][inner]):
-                node.run(["ping", "-n", "-c", "1", "-W", "1", "-p", b"plain".hex(), target], check=False)
-        node.run(["ping", "-n", "-c", "1", "-W", "1", "-p", b"other".hex(), "203.0.113.99"], check=False)
+                ping(node, target, pattern=b"plain", wait_s=0.3)
+        ping(node, "203.0.113.99", pattern=b"other", wait_s=0.3)
         frames = outgoing(capture)
     assert any(b"other" in frame for frame in frames)
     assert not any(b"plain" in frame for frame in frames)
@@ -103,7 +104,7 @@ def nothing_comes_in(victim, sender):
         with bound(victim, "::" if inner else "0.0.0.0") as receiver:
             near = PUBLIC["a"][inner]
             for claimed in (INNER["b"][inner], INNER["c"][inner]):
-                smuggle(sender, claimed, INNER["a"][inner], b"spoofed", near)
+                smuggle(sender, victim, claimed, INNER["a"][inner], b"spoofed")
             spoof(sender, PUBLIC["b"][inner], near, b"marker")
             assert receiver.recv(100) == b"marker"
 
@@ -127,14 +128,14 @@ if uml.is_inside():
             a.open()
             b.open()
             connect(a, b, children(1))
-            assert a.node.ping(INNER["b"][0])
+            assert ping(a.node, INNER["b"][0])
             a.node.ip(f"xfrm {what}")
             if what == "state flush":
                 a.ask("usage", [1])
             else:
-                a.node.ping(INNER["b"][0], wait_s=0.1)
+                ping(a.node, INNER["b"][0], wait_s=0.1)
             a.wait_for("died")
             a.open()
             b.ask("remove", 1)
             connect(a, b, children(2))
-            assert a.node.ping(INNER["b"][0])
+            assert ping(a.node, INNER["b"][0])

@@ -19,6 +19,7 @@ from p2pvpn.host.netlink import Netlink
 from p2pvpn.host.underlay import Underlay
 from p2pvpn.host.user_plane import UserPlane
 from p2pvpn.lab import uml
+from p2pvpn.lab.net import Lab
 from tests.host.peers import INNER, ROUTES, children, link
 from tests.planes.test_death import xfrm_of
 
@@ -40,12 +41,18 @@ def spin():
 
 if uml.is_inside():
 
+    @pytest.fixture(scope="module")
+    def machine():
+        with Lab() as lab:
+            yield link(lab)[0]
+
     @pytest.fixture
-    def host(lab):
-        """Host a, on which the test itself runs, on one wire with b."""
-        a, _ = link(lab)
-        with a.inside():
-            yield a
+    def host(machine):
+        """Host a, on which the test itself runs, on one wire with b; it is left as it was found."""
+        before = xfrm_of(machine)
+        with machine.inside():
+            yield machine
+        assert xfrm_of(machine) == before
 
     def on_plane(story):
         import ipaddress
@@ -69,8 +76,6 @@ if uml.is_inside():
         asyncio.run(run())
 
     def test_a_thousand_sas_take_less_than_two_seconds_and_go_without_a_trace(host):
-        before = xfrm_of(host)
-
         async def story(plane):
             empty = xfrm_of(host)
             pairs = [children(number)[0] for number in range(1, MANY + 1)]
@@ -108,7 +113,6 @@ if uml.is_inside():
             assert cpu < MANY_CPU_S
 
         on_plane(story)
-        assert xfrm_of(host) == before
 
     def test_ip_xfrm_shows_what_the_documentation_says(host):
         async def story(plane):
