@@ -25,8 +25,9 @@ TABLE = "p2pvpn_guard"
 CHAIN = "P2PVPN_GUARD"
 
 
-_IPTABLES = (("iptables", "ip6tables"), ("iptables-legacy", "ip6tables-legacy"))
-"""The second for kernels without nf_tables on machines whose iptables is made for that."""
+_NFT = ("nft",)
+_FILTERS = (_NFT, ("iptables", "ip6tables"), ("iptables-legacy", "ip6tables-legacy"))
+"""The last for kernels without nf_tables on machines whose iptables is made for that."""
 
 
 class Rule(NamedTuple):
@@ -44,6 +45,9 @@ class Guard:
 
     def __init__(self) -> None:
         self._prefixes: dict[str, Rule] = {}
+        self._working: tuple[str, ...] = _NFT
+        self._hooked: dict[str, bool] = {}
+        """By program of iptables: whether PREROUTING leads to our chain."""
         self._lock = asyncio.Lock()
 
     async def protect(self, device: str, prefixes: Sequence[IpNetwork], *, or_decrypted: bool = False) -> None:
@@ -79,35 +83,36 @@ class Guard:
                 await self._apply()
 
     async def _apply(self) -> None:
-        """Try each filter that is installed, until one works."""
+        """Try each filter that is installed, until one works; that one is tried first from then on."""
         problem = LocalError("neither nft nor iptables is installed", hint="install nftables", fault=Fault.MACHINE)
-        if shutil.which("nft"):
+        for programs in sorted(_FILTERS, key=lambda programs: programs is not self._working):
+            if any(shutil.which(program) is None for program in _run_by(programs)):
+                continue
             try:
-                return await _run("nft", "-f", "-", stdin=nft_script(self._prefixes))
+                if programs is _NFT:
+                    await _run("nft", "-f", "-", stdin=nft_script(self._prefixes))
+                else:
+                    for version, program in zip((4, 6), programs, strict=True):
+                        await self._apply_iptables(program, version)
+                self._working = programs
+                return
             except LocalError as error:
                 problem = error
-        for programs in _IPTABLES:
-            if all(shutil.which(f"{program}-restore") for program in programs):
-                try:
-                    for version, program in zip((4, 6), programs, strict=True):
-                        script = iptables_script(self._prefixes, version)
-                        await _run(f"{program}-restore", "--noflush", stdin=script)
-                        await self._hook(program)
-                    return None
-                except LocalError as error:
-                    problem = error
         raise problem
 
-    async def _hook(self, program: str) -> None:
-        """Lead PREROUTING through our chain, once; take chain and lead away when nothing is to be guarded."""
-        jump = ("PREROUTING", "-j", CHAIN)
-        hooked = await _succeeds(program, "-w", "-t", "raw", "-C", *jump)
-        if self._prefixes and not hooked:
-            await _run(program, "-w", "-t", "raw", "-I", *jump)
-        elif not self._prefixes:
-            if hooked:
-                await _run(program, "-w", "-t", "raw", "-D", *jump)
-            await _run(program, "-w", "-t", "raw", "-X", CHAIN)
+    async def _apply_iptables(self, program: str, version: int) -> None:
+        """One transaction: the chain, and the jump to it out of PREROUTING, which goes with the last rule."""
+        hooked = self._hooked.get(program)
+        if hooked is None:
+            hooked = await _succeeds(program, "-w", "-t", "raw", "-C", "PREROUTING", "-j", CHAIN)
+        script = iptables_script(self._prefixes, version, hooked=hooked)
+        try:
+            await _run(f"{program}-restore", "--noflush", "-w", stdin=script)
+            self._hooked[program] = bool(self._prefixes)
+        except LocalError:
+            if self._hooked.pop(program, None) is None:
+                raise
+            await self._apply_iptables(program, version)  # somebody else changed the table since
 
 
 def nft_script(rules: Mapping[str, Rule]) -> str:
@@ -126,10 +131,18 @@ def nft_script(rules: Mapping[str, Rule]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def iptables_script(rules: Mapping[str, Rule], version: int) -> str:
-    """Input of iptables-restore: the chain, flushed and filled in one go."""
+def _run_by(programs: tuple[str, ...]) -> tuple[str, ...]:
+    return programs if programs is _NFT else (*programs, *(f"{program}-restore" for program in programs))
+
+
+def iptables_script(rules: Mapping[str, Rule], version: int, *, hooked: bool) -> str:
+    """Input of iptables-restore: the chain, flushed and filled in one go, or taken away; `hooked`: the jump stands."""
     lines = ["*raw", f":{CHAIN} - [0:0]"]
-    if rules:
+    jump = f"PREROUTING -j {CHAIN}"
+    if not rules:
+        lines += [f"-D {jump}"] * hooked + [f"-X {CHAIN}"]
+    else:
+        lines += [f"-I {jump}"] * (not hooked)
         lines.append(f"-A {CHAIN} -i lo -j RETURN")
     for device, rule in sorted(rules.items()):
         plain = "-m policy --dir in --pol none " if rule.or_decrypted else ""

@@ -14,16 +14,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import os
 import signal
-import socket
-import struct
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from p2pvpn.core.errors import LocalError
+
+from .devices import bring_up
 
 CLONE_NEWNS = 0x0002_0000
 CLONE_NEWIPC = 0x0800_0000
@@ -37,8 +36,6 @@ MS_SHARED = 0x100000
 MNT_DETACH = 2
 PR_SET_PDEATHSIG = 1
 CAP_SYS_ADMIN = 21
-SIOCSIFFLAGS = 0x8914
-IFF_UP = 1
 
 INSIDE = "P2PVPN_INSIDE_LAB"
 """Environment variable that is set in a laboratory."""
@@ -170,7 +167,7 @@ def _init(report: int) -> None:
     try:
         die_with_parent(0)
         _mount_private()
-        _raise_loopback()
+        bring_up("lo")  # a new network namespace has it down
         os.environ[INSIDE] = "1"
         worker = os.fork()
         if worker == 0:
@@ -196,12 +193,6 @@ def _unshare() -> None:
     Path("/proc/self/setgroups").write_text("deny")
     Path("/proc/self/uid_map").write_text(f"0 {uid} 1")
     Path("/proc/self/gid_map").write_text(f"0 {gid} 1")
-
-
-def _raise_loopback() -> None:
-    """A new network namespace has its loopback device down: bring it up (SIOCSIFFLAGS of netdevice(7))."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        fcntl.ioctl(sock, SIOCSIFFLAGS, struct.pack("16sH14x", b"lo", IFF_UP))
 
 
 def _mount_private() -> None:

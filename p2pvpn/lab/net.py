@@ -29,7 +29,7 @@ from typing import IO, Any
 
 from p2pvpn.core.errors import LocalError
 
-from . import delay, uml
+from . import delay, devices, uml
 from .namespace import (
     add_network_namespace,
     is_inside,
@@ -216,7 +216,8 @@ class Lab:
         add_network_namespace(node.namespace)
         self._nodes[name] = node
         node.sysctl(SYSCTLS)
-        node.ip("link set lo up")
+        with node.inside():
+            devices.bring_up("lo")
         return node
 
     @property
@@ -226,6 +227,7 @@ class Lab:
     def link(self, one: Node, one_device: str, other: Node, other_device: str, *, delay_s: float = 0.0) -> Hop:
         """A cable between two hosts, `delay_s` long in each direction; both ends are up, without addresses."""
         netem = delay_s > 0 and uml.is_inside()
+        queue = f"txqueuelen {delay.QUEUE_FRAMES}"
         if delay_s > 0 and not netem:
             with one.inside():
                 near = delay.open_tap(one_device)
@@ -236,11 +238,14 @@ class Lab:
             os.close(near)
             os.close(far)
         else:
-            one.ip(f"link add {one_device} type veth peer name {other_device} netns {other}")
+            one.ip(f"link add {one_device} {queue} type veth peer name {other_device} {queue} netns {other}")
         for node, device in ((one, one_device), (other, other_device)):
-            if delay_s == 0 or netem:
-                node.run(["ethtool", "-K", device, "tx", "off", "tso", "off", "gso", "off", "gro", "off"])
-            node.ip(f"link set {device} txqueuelen {delay.QUEUE_FRAMES} up")
+            if delay_s > 0 and not netem:
+                node.ip(f"link set {device} {queue} up")
+                continue
+            with node.inside():
+                devices.without_offloads(device)
+                devices.bring_up(device)
             if netem:
                 wait = f"{delay_s * 1e6:.0f}us"
                 node.run(["tc", "qdisc", "add", "dev", device, "root", "netem", "delay", wait, "limit", "20000"])

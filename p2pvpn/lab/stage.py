@@ -35,7 +35,6 @@ PROGRAMS = {
     "nft": "nftables",
     "conntrack": "conntrack",
     "ping": "iputils-ping",
-    "ethtool": "ethtool",
 }
 """What the laboratory runs, and the Debian packages that have it."""
 GUEST_PROGRAMS = {
