@@ -65,8 +65,8 @@ bad-input: $(VENV)/.test ## 200 kills at random moments, floods at 50,000 packet
 flood: $(VENV)/.test ## 20,000 spoofed IKE_SA_INITs a second at a hub, and three honest ones: needs an idle machine
 	P2PVPN_FLOOD_S=10 $(BIN)/pytest -s tests/lab/test_bad_floods.py -k first_messages $(ARGS)
 
-planes: $(VENV)/.test ## the kernel plane in User-Mode Linux: the shared suite, strongSwan, kill -9
-	$(BIN)/pytest tests/planes/test_in_uml.py $(ARGS)
+planes: $(VENV)/.test ## the kernel plane in User-Mode Linux: the shared suite, strongSwan, kill -9, a network, the demo
+	$(BIN)/pytest tests/planes/test_in_uml.py tests/planes/test_network.py $(ARGS)
 
 fresh: ## `make test` inside a freshly debootstrapped Debian
 	tools/fresh $(ARGS)

@@ -15,7 +15,7 @@ from p2pvpn.lab.nat import NatKind
 from p2pvpn.lab.net import Lab
 from p2pvpn.lab.stage import Stage
 
-pytestmark = [pytest.mark.netns, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.netns, pytest.mark.campaign, pytest.mark.timeout(400)]
 
 if uml.is_inside():
 
