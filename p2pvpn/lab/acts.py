@@ -148,7 +148,8 @@ class Demo:
         story.command("a", f"ping -c 1 {self.overlay['b']}")
         began = time.time()
         ping = _Background(stage, self.overlay["b"], pattern)
-        traffic.go()  # right behind it; b answers when it hears the first
+        stage.wait("a packet for b", self._is_asked_for, FIRST_PING_S, lambda: "a's daemon has none", stage.a)
+        traffic.go()  # right behind the ping, however long that took to start; b answers when it hears the first
         with story.working("the first packet finds its way"):
             figures.first_ping_ms = ping.round_trip_ms()
         if figures.first_ping_ms is None:
@@ -173,6 +174,11 @@ class Demo:
         if figures.plane == "kernel":
             self._see_kernel_count(sum(len(flow.arrived_at) for flow in flows))
         return hub
+
+    def _is_asked_for(self) -> bool:
+        """Whether a's daemon has something to do with b."""
+        peers = [peer for network in self.stage.status(self.stage.a)["networks"] for peer in network["peers"]]
+        return any(peer["overlay"] == self.overlay["b"] for peer in peers)
 
     def _see_kernel_count(self, packets: int) -> None:
         """The kernel of a peer itself must have counted the users' packets, on SAs that the daemon installed."""

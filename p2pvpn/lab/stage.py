@@ -51,6 +51,8 @@ HUB_ADDRESS = "192.0.2.{}"
 HOMES = {"a": "198.51.100.1", "b": "203.0.113.1"}
 JOIN_TIMEOUT_S = 40.0
 LOG_LINES = 40
+POLL_S = 0.02
+"""Between looks at what is waited for."""
 
 
 class Seen(Exception):
@@ -185,7 +187,7 @@ class Stage:
         while not true():
             if time.monotonic() > deadline:
                 raise Seen(f"{expected} within {timeout_s:g} s", seen(), hosts)
-            time.sleep(0.1)
+            time.sleep(POLL_S)
 
     # Who is who.
 
