@@ -2,17 +2,23 @@
 
 Three targets: the parsers alone, an endpoint that knows nobody, and an endpoint behind authentication, where a peer
 with valid keys sends mutated payloads in every exchange. Nothing but WireError may come out of a parser, nothing at all
-out of an endpoint, and neither tables nor memory may grow. A failure prints the seed and the bytes that caused it.
+out of an endpoint, and neither tables nor memory may grow. A failure prints the input that caused it, as a line of the
+corpus: `tests/ike/corpus.txt` has an input for each different way to be refused or taken, and is replayed by the tests.
+`--collect 20000` writes it anew from so many mutants.
+
+    parsers KIND CHAIN DATAGRAM | strangers DATAGRAM | insiders EXCHANGE RESPONSE FIRST CHAIN       numbers and hex
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+import re
 import resource
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path as FilePath
 
 from p2pvpn.core.address import Path
 from p2pvpn.core.errors import TrustError, WireError
@@ -28,6 +34,7 @@ from tests.ike.evil import Evil
 from tests.ike.schedules import CREDENTIALS, HYBRID
 from tests.ike.world import Host, World, selectors
 
+CORPUS = FilePath(__file__).resolve().parent.parent / "tests" / "ike" / "corpus.txt"
 INTERESTING = (0, 1, 2, 3, 4, 7, 8, 16, 28, 31, 32, 33, 40, 46, 47, 53, 63, 64, 127, 128, 254, 255)
 MAX_GROWTH_KIB = 64 * 1024
 """Of the process between the first tenth of a campaign and its end."""
@@ -105,6 +112,10 @@ class Campaign:
         self.renewed = 0
         self.calls = 0
         """Entry points called beyond the first of an execution."""
+        self.said: list[str] = []
+        """What came of the last execution, in words."""
+        self.line = ""
+        """Its input, as a line of the corpus."""
         world, friend, self.victim = pair(seed + 1)
         friend.initiate(self.victim, local=selectors("fd00::a/128"), remote=selectors("fd00::b/128"))
         world.run(1)
@@ -112,14 +123,19 @@ class Campaign:
         (self.child,) = self.template.children.live.values()
         self.evil = Evil(friend, 1, self.victim)
 
-    def parsers(self) -> bytes:
+    def parsers(self) -> None:
         dice = self.dice
         data = dice.mutate(dice.choice(self.chains), self.chains)
         kind = dice.choice([*BY_TYPE, dice.randrange(256)])
+        self.parse(kind, data, dice.mutate(dice.choice(self.datagrams), self.datagrams))
+
+    def parse(self, kind: int, data: bytes, whole: bytes) -> None:
+        """Every parser, each with what it takes."""
+        self.line = f"parsers {kind} {data.hex() or '-'} {whole.hex() or '-'}"
         reassembly = Reassembly(4096)
-        opened = Opened(kind, data, dice.randrange(70), dice.randrange(70))
-        whole = dice.mutate(dice.choice(self.datagrams), self.datagrams)
+        opened = Opened(kind, data, len(data) % 70, len(whole) % 70)
         self.calls += 7
+        self.said = []
         for attempt in (
             lambda: check_untrusted(parse_clear_untrusted(whole)),
             lambda: walk_untrusted(kind, data),
@@ -132,36 +148,50 @@ class Campaign:
         ):
             try:
                 attempt()
-            except (WireError, TrustError):
-                continue
-        return data
+                self.said.append("taken")
+            except (WireError, TrustError) as problem:
+                self.said.append(str(problem))
 
-    def strangers(self) -> bytes:
+    def strangers(self) -> None:
         """Before authentication: whole datagrams, with a length that is right more often than not."""
-        dice, world, bob = self.dice, self.world, self.bob
+        dice = self.dice
         data = bytearray(dice.mutate(dice.choice(self.datagrams[:4]), self.datagrams))
         if len(data) >= 28 and dice.random() < 0.9:
             data[24:28] = len(data).to_bytes(4, "big")
             data[:8] = dice.randbytes(8)
+        self.approach(bytes(data))
+
+    def approach(self, data: bytes) -> None:
+        """A datagram of somebody whom nobody knows."""
+        world, bob = self.world, self.bob
+        self.line = f"strangers {data.hex() or '-'}"
         world.now += 0.01
-        outputs = bob.ike.handle(Path(bob.address, self.alice.address), bytes(data), world.now)
+        outputs = bob.ike.handle(Path(bob.address, self.alice.address), data, world.now)
         assert len(outputs) <= 1
         bob.ike.tick(world.now)
         assert len(bob.ike._by_id) <= 64
-        return bytes(data)
+        self.said = [f"{type(one).__name__} {getattr(one, 'data', b'')[28:36].hex()}" for one in outputs]
 
-    def insiders(self) -> bytes:
+    def insiders(self) -> None:
         """Behind authentication: valid keys, mutated payloads, in turn and out of turn."""
         dice = self.dice
-        view = self.victim.ike.view(1)
-        if view is None or view.state != "ESTABLISHED" or len(self.victim.ike._by_id) > 2:
-            self._renew()
         exchange, response, first, chain = dice.choice(self.inside)
         chain = dice.mutate(chain, self.chains)
         exchange = dice.choice((exchange, exchange, exchange, 35, 36, 37, 43, 44))
+        pieces = (dice.randrange(6), dice.randrange(6)) if dice.random() < 0.05 else None
+        self.tell(exchange, response, first, chain, pieces)
+
+    def tell(
+        self, exchange: int, response: bool, first: int, chain: bytes, pieces: tuple[int, int] | None = None
+    ) -> None:
+        """A message of the peer's, or what says that it is a piece of one (number, total)."""
+        self.line = f"insiders {exchange} {int(response)} {first} {chain.hex() or '-'}"
+        view = self.victim.ike.view(1)
+        if view is None or view.state != "ESTABLISHED" or len(self.victim.ike._by_id) > 2:
+            self._renew()
         host = self.victim
-        if dice.random() < 0.05:
-            packet = self.evil.fragment(exchange, first, chain, dice.randrange(6), dice.randrange(6))
+        if pieces is not None:
+            packet = self.evil.fragment(exchange, first, chain, *pieces)
         elif response:
             host.do("probe", 1, host.world.now)
             number = host.ike._by_id[1].requests.next_id if 1 in host.ike._by_id else 0
@@ -173,12 +203,35 @@ class Campaign:
         host.run(host.ike.tick(host.world.now))
         assert len(host.ike._by_id) <= 8, "successors are bounded"
         assert len(host.installed) <= 64
+        self.said = [type(one).__name__ for one in host.log]
         host.log.clear()
         host.key_log.clear()
         host.paths.clear()
         host.world.wire.clear()
         host.world._flying.clear()
-        return packet
+
+    def replay(self, line: str) -> None:
+        """A line of the corpus."""
+        target, *fields = line.split()
+        data = bytes.fromhex(fields[-1].replace("-", ""))
+        if target == "parsers":
+            self.parse(int(fields[0]), bytes.fromhex(fields[1].replace("-", "")), data)
+        elif target == "strangers":
+            self.approach(data)
+        else:
+            self.tell(int(fields[0]), fields[1] == "1", int(fields[2]), data)
+
+    def collect(self, count: int) -> list[str]:
+        """Inputs, each for something that no other one brought about."""
+        found: dict[tuple[object, ...], str] = {}
+        for target in (self.parsers, self.strangers, self.insiders):
+            for _ in range(count):
+                target()
+                words = [re.sub(r"[0-9]+", "N", one) for one in self.said]
+                marks = enumerate(words) if target == self.parsers else [(0, " ".join(self.said))]
+                for place, words_of_it in marks:
+                    found.setdefault((target.__name__, place, words_of_it), self.line)
+        return sorted(set(found.values()))
 
     def expected(self) -> int:
         known = self.victim.ike._by_id.get(1)
@@ -200,7 +253,7 @@ class Campaign:
         ike._by_id, ike._by_spi, ike._deadlines, ike._scheduled = {1: sa}, {sa.local_spi: sa}, [], {}
 
 
-def run(target: Callable[[], bytes], seconds: float, limit: int | None) -> tuple[int, float, int]:
+def run(target: Callable[[], None], seconds: float, limit: int | None) -> tuple[int, float, int]:
     """Executions, seconds, growth of the process in KiB after the first tenth."""
     began = time.monotonic()
     count, settled = 0, 0
@@ -218,14 +271,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=60.0, help="for each target")
     parser.add_argument("--executions", type=int, help="for each target, at most")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--collect", type=int, metavar="MUTANTS", help="write the corpus anew")
     chosen = parser.parse_args(arguments)
     campaign = Campaign(chosen.seed)
+    if chosen.collect:
+        CORPUS.write_text("".join(f"{line}\n" for line in campaign.collect(chosen.collect)), encoding="ascii")
+        return 0
     for name in ("parsers", "strangers", "insiders"):
-        state = campaign.dice.getstate()
         try:
             count, seconds, growth = run(getattr(campaign, name), chosen.seconds, chosen.executions)
         except Exception:
-            print(f"{name}: seed {chosen.seed}, state {hash(state)}", file=sys.stderr)
+            print(f"seed {chosen.seed}: {campaign.line}", file=sys.stderr)
             raise
         count, campaign.calls = count + campaign.calls, 0
         print(f"{name}: {count} executions in {seconds:.1f} s, {count / seconds:.0f} a second, grew {growth} KiB")
