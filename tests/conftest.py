@@ -5,10 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 
 from p2pvpn.lab.namespace import fork_into_lab, is_inside
 from p2pvpn.lab.net import Lab
+
+hypothesis.settings.register_profile("patient", deadline=None)
+hypothesis.settings.load_profile("patient")
+"""A busy machine is no fault of an example: pytest's own timeout holds."""
 
 
 @pytest.hookimpl(tryfirst=True)

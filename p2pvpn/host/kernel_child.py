@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ipaddress
+import socket
+
 from p2pvpn.core.address import Endpoint, Path
 from p2pvpn.core.child import ChildSa
 from p2pvpn.core.errors import LocalError
 from p2pvpn.core.selector import Selector
 
 from .kernel_trap import SA_PRIORITY
-from .xfrm import REQIDS, Counted, Flow, Pair, State
+from .xfrm import REQIDS, Counted, Flow, Pair, State, Template
 
 MAX_PAIRS = 256
 """Pairs of prefixes, so policies in each direction, of one Child SA."""
@@ -39,7 +42,10 @@ class InstalledChild:
     def state(self, flow: Flow, replay: bytes = b"", *, inbound: bool) -> State:
         child = self.child
         spi, key = (child.spi_in, child.key_in) if inbound else (child.spi_out, child.key_out)
-        return State(flow, spi, self.reqid, child.suite, key, child.esn, inbound, replay)
+        return State(flow, spi, self.reqid, child.suite, key, child.esn, inbound, replay, child.transport_mode)
+
+    def template(self, flow: Flow, *, optional: bool = False) -> Template:
+        return Template(flow, self.reqid, optional, self.child.transport_mode)
 
     def keep_counts(self, counted: Counted, *, inbound: bool) -> None:
         """Before a state is replaced by one that counts from zero."""
@@ -74,6 +80,13 @@ def pairs_of(child: ChildSa) -> tuple[Pair, ...]:
     if not pairs:
         raise LocalError("the selectors have no address family in common")
     return tuple(pairs)
+
+
+def bypass_of(entry: InstalledChild) -> Pair:
+    """IKE and ESP themselves, of an SA in transport mode: they travel between the addresses that it protects."""
+    here, there = entry.flow_out
+    source, destination = ipaddress.ip_network(here.host), ipaddress.ip_network(there.host)
+    return Pair(source, destination, socket.IPPROTO_UDP, here.port, there.port)
 
 
 def _port(selector: Selector) -> int:

@@ -225,8 +225,6 @@ class KernelPlane:
 
     async def install(self, child: ChildSa) -> None:
         kernel = self._xfrm
-        if child.transport_mode:
-            raise LocalError("the planes carry tunnel mode only")
         if child.spi_in & SPI_MARK != SPI_MARK or child.spi_in > 0xFFFFFFFF:
             raise LocalError("an inbound SPI has its two top bits set")
         if child.id in self._children:
@@ -248,6 +246,8 @@ class KernelPlane:
 
     async def move(self, child_id: int, path: Path) -> None:
         entry = self._known(child_id)
+        if entry.child.transport_mode:
+            raise LocalError("a Child SA in transport mode is about its addresses, and cannot leave them")
         entry.asked = path
         try:
             self._relocate(entry)
@@ -381,7 +381,8 @@ class KernelPlane:
     def _on_network_change(self) -> None:
         """Where routing chooses the source address, it may choose another one now."""
         for entry in list(self._children.values()):
-            if entry.asked.local.is_unspecified and _with_source(entry.asked).local != entry.flow_out.source:
+            is_open = entry.asked.local.is_unspecified and not entry.child.transport_mode
+            if is_open and _with_source(entry.asked).local != entry.flow_out.source:
                 try:
                     self._relocate(entry)
                 except XfrmError as problem:

@@ -10,12 +10,17 @@ Packets that no policy of an SA covers are left to the trap (`kernel_trap`).
 from __future__ import annotations
 
 import ipaddress
+from collections import Counter
 from collections.abc import Iterable
 
 from p2pvpn.core.address import IpAddress
 
-from .kernel_child import InstalledChild, is_exact, priority
-from .xfrm import MAX_TEMPLATES, Direction, Message, Pair, Template, delete_policy, set_policy
+from .kernel_child import InstalledChild, bypass_of, is_exact, priority
+from .kernel_trap import SA_PRIORITY
+from .xfrm import MAX_TEMPLATES, Direction, Message, Pair, delete_policy, set_policy
+
+BYPASS_PRIORITY = SA_PRIORITY - 512
+"""Before every SA's, whatever its prefixes."""
 
 
 class PolicyBook:
@@ -29,6 +34,8 @@ class PolicyBook:
         """By pair: whom `use` was said of, the one in use last."""
         self._wide: dict[Pair, None] = {}
         """Those of them that are not about one address at each end and all protocols."""
+        self._bypassed: Counter[Pair] = Counter()
+        """How many SAs in transport mode need what carries them to pass in the clear."""
 
     def own(self, network: str, addresses: Iterable[IpAddress]) -> None:
         """This machine's addresses in a network; without any, the network is closed."""
@@ -40,14 +47,14 @@ class PolicyBook:
         """Let in what the SA brings, beside those that stand."""
         for pair in entry.pairs:
             self._accepting.setdefault(pair, []).append(entry)
-        return self.acceptance(entry)
+        return [*self._bypass(entry, more=1), *self.acceptance(entry)]
 
     def acceptance(self, entry: InstalledChild) -> list[Message]:
         """Policies that let in what the SAs of the entry's pairs bring, as many as there are now."""
         messages = []
         for pair in entry.pairs:
             accepted = self._accepting.get(pair, [])[-MAX_TEMPLATES:]
-            templates = [Template(other.flow_in, other.reqid, len(accepted) > 1) for other in accepted]
+            templates = [other.template(other.flow_in, optional=len(accepted) > 1) for other in accepted]
             for direction in self._ways_in(entry, pair):
                 if templates:
                     messages.append(set_policy(pair.reverse, direction, priority(pair), templates))
@@ -87,7 +94,7 @@ class PolicyBook:
             accepted.remove(entry)
             if not accepted:
                 del self._accepting[pair]
-        return messages + self.acceptance(entry)
+        return [*messages, *self.acceptance(entry), *self._bypass(entry, more=-1)]
 
     def naming(self, entry: InstalledChild) -> tuple[list[tuple[Pair, Direction]], list[tuple[Pair, Direction]]]:
         """The policies that name the SA: to send by it, and to let in what it brings."""
@@ -114,6 +121,17 @@ class PolicyBook:
                 return pair
         return None
 
+    def _bypass(self, entry: InstalledChild, *, more: int) -> list[Message]:
+        """Before everything that the SA protects."""
+        if not entry.child.transport_mode:
+            return []
+        pair = bypass_of(entry)
+        self._bypassed[pair] += more
+        ways = ((pair, Direction.OUT), (pair.reverse, Direction.IN))
+        if self._bypassed[pair] == 0:
+            return [delete_policy(one, way) for one, way in ways]
+        return [set_policy(one, way, BYPASS_PRIORITY) for one, way in ways]
+
     def _ways_in(self, entry: InstalledChild, pair: Pair) -> tuple[Direction, ...]:
         """Packets for an address of our own are never forwarded."""
         own = self._own.get(entry.child.network, frozenset())
@@ -124,4 +142,4 @@ class PolicyBook:
 
 
 def send_by(pair: Pair, entry: InstalledChild) -> Message:
-    return set_policy(pair, Direction.OUT, priority(pair), [Template(entry.flow_out, entry.reqid)])
+    return set_policy(pair, Direction.OUT, priority(pair), [entry.template(entry.flow_out)])

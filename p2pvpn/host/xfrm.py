@@ -65,7 +65,8 @@ _ATTRIBUTE = struct.Struct("=HH")
 _ERRNO = struct.Struct("=i")
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _REQUEST, _ACK, _DUMP = 0x1, 0x4, 0x300
-_ESP, _TUNNEL, _UDP_ENCAP_ESPINUDP = 50, 1, 2
+_ESP, _UDP_ENCAP_ESPINUDP = 50, 2
+_TRANSPORT, _TUNNEL = 0, 1
 _FLAG_AF_UNSPEC, _FLAG_ESN = 0x20, 0x80
 """Without AF_UNSPEC an SA would carry inner packets of its outer family only."""
 _NO_LIMIT = (1 << 64) - 1
@@ -134,6 +135,7 @@ class Template(NamedTuple):
     flow: Flow
     reqid: int
     optional: bool = False
+    transport: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +160,7 @@ class State:
     esn: bool
     inbound: bool
     replay: bytes = b""
+    transport: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,8 +335,8 @@ def set_state(state: State, *, update: bool = False) -> Message:
         "sel_user": TAG,
         "reqid": state.reqid,
         "family": state.flow.family,
-        "mode": _TUNNEL,
-        "flags": _FLAG_AF_UNSPEC | (_FLAG_ESN if state.esn else 0),
+        "mode": _TRANSPORT if state.transport else _TUNNEL,
+        "flags": (0 if state.transport else _FLAG_AF_UNSPEC) | (_FLAG_ESN if state.esn else 0),
     }
     if not state.inbound and not state.esn:
         fields["hard_packets"] = _ALL_PACKETS_32
@@ -431,7 +434,7 @@ def _template(template: Template) -> bytes:
             "proto": _ESP,
             "family": template.flow.family,
             "reqid": template.reqid,
-            "mode": _TUNNEL,
+            "mode": _TRANSPORT if template.transport else _TUNNEL,
             "optional": int(template.optional),
             "aalgos": 0xFFFFFFFF,
             "ealgos": 0xFFFFFFFF,

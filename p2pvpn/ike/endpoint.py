@@ -44,6 +44,7 @@ from .sa import IkeSa
 from .states import State, Step
 from .tasks import init
 from .tasks.task import Received, Refusal
+from .timing import tick
 
 LIMITED_SOURCES = 4096
 """Sources whose error answers are counted."""
@@ -281,7 +282,7 @@ class IkeEndpoint:
         while (at := self.next_deadline()) is not None and at <= now:
             sa = self._by_id[heapq.heappop(self._deadlines)[1]]
             self._scheduled.pop(sa.id, None)
-            sa.tick(now)
+            tick(sa, now)
             out += self._collect(sa, now)
         return out
 

@@ -10,6 +10,7 @@ Combined ciphers and those that need integrity besides are offered in proposals 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ MAX_PROPOSALS = 32
 """Android sends two, strongSwan's default sends two; nobody needs more than a handful."""
 MAX_TRANSFORMS = 128
 """In one proposal; IANA's registries together hold fewer that make sense."""
+MAX_REMEMBERED_BYTES = 1024
 MORE_PROPOSALS = 2
 MORE_TRANSFORMS = 3
 ADDITIONAL = range(6, 13)
@@ -103,6 +105,16 @@ class Allowed:
 
 def parse_proposals_untrusted(data: bytes) -> tuple[Proposal, ...]:
     """The body of an SA payload. Raises WireError."""
+    return _remembered(data) if len(data) <= MAX_REMEMBERED_BYTES else _parse_proposals(data)
+
+
+@functools.lru_cache(maxsize=64)
+def _remembered(data: bytes) -> tuple[Proposal, ...]:
+    """All machines with one configuration send the same bytes in their IKE_SA_INIT."""
+    return _parse_proposals(data)
+
+
+def _parse_proposals(data: bytes) -> tuple[Proposal, ...]:
     reader = Reader(data)
     proposals: list[Proposal] = []
     more = MORE_PROPOSALS

@@ -1,6 +1,6 @@
 """One IKE SA: its state, its keys, its two windows, its timers.
 
-Messages come in by `receiving.receive`, time by `tick`, wishes of the engine by methods. Tasks (package
+Messages come in by `receiving.receive`, time by `timing.tick`, wishes of the engine by methods. Tasks (package
 `tasks`) do the work of the exchanges and change the SA through `advance`, `key`, `establish`, `end` and `emit`. Outputs
 collect in one list, which the endpoint drains after every call.
 
@@ -9,8 +9,6 @@ next in its window, and legal by the rules. Before that it is dropped without a 
 """
 
 from __future__ import annotations
-
-import contextlib
 
 from p2pvpn.core.address import Path
 from p2pvpn.core.errors import LocalError
@@ -36,7 +34,6 @@ from .outputs import (
     SaClosed,
     SaFailed,
     SaMoved,
-    SendKeepalive,
 )
 from .payloads import Payload
 from .proposals import IkeSuite
@@ -45,7 +42,7 @@ from .tasks.create import CreateChild, close_child
 from .tasks.followup import Creation, Half
 from .tasks.inform import Inform, Probe, delete_request
 from .tasks.init import Handshake, PeerFeatures
-from .tasks.mobike import Move, begin_move, fail_move
+from .tasks.mobike import Move, begin_move
 from .tasks.rekey import RekeyIke
 from .tasks.task import Task
 from .timers import Timer
@@ -418,62 +415,7 @@ class IkeSa:
             waiting.path, waiting.limit, waiting.sent = path, limit, 0
             self._send_outstanding(now)
 
-    # Time
-
-    def tick(self, now: float) -> None:
-        """All timers that are due."""
-        for timer in self._timers.pop_due(now):
-            if self.state is State.CLOSED:
-                return
-            if timer is Timer.RETRANSMIT:
-                self._retransmit(now)
-            elif timer is Timer.DOUBT:
-                self.end(Step.REFUSED, self._doubt, now)
-            elif timer is Timer.END:
-                self._time_is_up(now)
-            elif timer is Timer.CHILDREN:
-                for child_id in self.children.pop_due(now):
-                    self.emit(RemoveChild(self.id, child_id))
-                self._watch_children()
-            elif timer is Timer.LATER:
-                self._ask_again()
-            elif timer is Timer.LIVENESS:
-                self.heard(now)
-                if self.requests.is_idle:
-                    self.probe(now)
-            else:
-                self.emit(SendKeepalive(self.path))
-                self._set_keepalive(now)
-        self._pump(now)
-
-    def _ask_again(self) -> None:
-        waiting, self._later = self._later, []
-        for task in waiting:
-            with contextlib.suppress(LocalError):
-                self.requests.add(task)
-
-    def _time_is_up(self, now: float) -> None:
-        if self.state is State.LINGERING:
-            self.advance(Step.TIMED_OUT)
-            self._timers.clear_all()
-        else:
-            self.end(Step.TIMED_OUT, "time is up", now)
-
-    def _retransmit(self, now: float) -> None:
-        waiting = self.requests.outstanding
-        if waiting is None:
-            return
-        early_s = self.requests.is_early(self.local.settings)
-        if early_s is not None:
-            self._transmit(waiting.path, waiting.packets)
-            self._timers.set(Timer.RETRANSMIT, now + early_s)
-        elif waiting.sent < waiting.limit:
-            self._send_outstanding(now)
-        elif self.moving is not None and not self.moving.back:
-            fail_move(self, "no answer over the new path", now)
-        else:
-            self.requests.outstanding = None
-            waiting.task.gave_up(self, now)
+    # Timers
 
     def _set_farewell(self, now: float) -> None:
         """The end of a DELETE, even when a request before it blocks the window."""

@@ -126,6 +126,14 @@ class Charon:
             self._process.wait()
         self._process = None
 
+    def kill(self) -> None:
+        """End it by SIGKILL: it tells nobody. It may be started again."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+        self._process = None
+        (self.work / "charon.vici").unlink()
+
     @contextlib.contextmanager
     def running(self, configuration: str) -> Iterator[Charon]:
         """Started, and stopped at the end."""

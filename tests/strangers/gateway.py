@@ -177,12 +177,11 @@ class Gateway:
                     (child,) = endpoint.view(sa).child_ids
                     driver.post(lambda now, sa=sa, child=child: endpoint.rekey_child(sa, child, now))
                 continue
-            request = Initiate(
-                credential=self._credential,
-                path=any_local(Endpoint.of(line.decode().strip(), PORT), PORT),
-                remote_id=None,
-                local=self._credential.local_blocks,
-                remote=tuple(Selector.of_network(route) for route in self._routes),
+            wish: dict[str, Any] = {
+                "local": self._credential.local_blocks,
+                "remote": tuple(Selector.of_network(route) for route in self._routes),
                 **self._wish,
-            )
+            }
+            path = any_local(Endpoint.of(line.decode().strip(), PORT), PORT)
+            request = Initiate(credential=self._credential, path=path, remote_id=None, **wish)
             await driver.call(lambda now, request=request: endpoint.initiate(request, now))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,14 +36,14 @@ def charon(lab: Lab, tmp_path: Path) -> Iterator[Charon]:
 
 
 @contextlib.contextmanager
-def gateway_on(lab: Lab, **options: Any) -> Iterator[Gateway]:
-    """Our side, ready."""
+def gateway_on(lab: Lab, *, ends_by: signal.Signals = signal.SIGTERM, **options: Any) -> Iterator[Gateway]:
+    """Our side, ready, and how it ends."""
     node = next(one for one in lab.nodes if one.name == "us")
     ours = credential(ROOT, "us.test", "ecdsa", blocks=BLOCKS, local=(OUR_NET,))
     gateway = Gateway(node, ours, OUR_INNER, [THEIR_NET], **options)
     gateway.wait_for("ready")
     yield gateway
-    gateway.close()
+    gateway.close(ends_by)
 
 
 @pytest.fixture

@@ -48,6 +48,11 @@ def read(file: Path, key_log: list[tuple[str, str]], home: Path) -> list[dict]:
     for table in (IKE_TABLE, ESP_TABLE):
         lines = [line for name, line in key_log if name == table]
         (profile / table).write_text("".join(f"{line}\n" for line in dict.fromkeys(lines)))
+    return dissected(file, home)
+
+
+def dissected(file: Path, home: Path) -> list[dict]:
+    """What tshark makes of it with the tables in the profile `wireshark` below `home`."""
     options = ["-o", "esp.enable_encryption_decode:TRUE", "-o", "esp.enable_null_encryption_decode_heuristic:FALSE"]
     done = subprocess.run(
         ["tshark", "-r", str(file), *options, "-T", "json"],
