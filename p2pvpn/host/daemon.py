@@ -23,6 +23,7 @@ from .control import ControlServer, control_path
 from .forwarder import UserForwarder
 from .guard import Guard
 from .keylog import KeyLogFile
+from .listeners import Listeners
 from .netlink import Netlink
 from .portmap import PortMapper
 from .requests import Requests
@@ -30,6 +31,7 @@ from .resolver import SystemResolver
 from .service import NetworkService, Problem
 from .settings import MachineSettings
 from .store import NetworkDirectory, StateLock, list_networks, state_root
+from .streams import HostStreams
 from .underlay import Underlay
 
 log = logging.getLogger("p2pvpn")
@@ -97,11 +99,16 @@ class Daemon:
         key_log = self.key_log = KeyLogFile.from_environment()
         if key_log is not None:
             stack.callback(key_log.close)
+        streams = HostStreams(self.underlay.port)
+        stack.callback(streams.close_all)
+        stack.enter_context(streams.watching(netlink))
+        self._listeners = Listeners(streams)
         self.control = ControlServer(control_path(), Requests(self).handle)
         self.node = Node(
             underlay=self.underlay,
             plane=self.plane,
             forwarder=forwarder,
+            streams=streams,
             resolver=SystemResolver(),
             entropy=os.urandom,
             wall=time.time,
@@ -153,7 +160,7 @@ class Daemon:
     async def _start_network(self, directory: NetworkDirectory, profile: Profile) -> None:
         """Bring one up; what is in its way is noted, and the others go on."""
         try:
-            service = NetworkService(self.node, directory, profile)
+            service = NetworkService(self.node, self._listeners, directory, profile)
             await service.open()
         except P2pvpnError as problem:
             self._note(directory, problem)

@@ -17,7 +17,9 @@ from p2pvpn.mesh.network import Network
 from p2pvpn.mesh.node import Node
 from p2pvpn.mesh.renewal import keep_renewed
 
-from .enrol import EnrolmentServer, document_resolver, enrol, serve_enrolment
+from .enrol import enrol
+from .enrol_server import Desk, document_resolver
+from .listeners import Listeners
 from .records_db import RecordsDb
 from .store import NetworkDirectory
 
@@ -38,14 +40,15 @@ class Problem:
 class NetworkService:
     """Opens and closes one network."""
 
-    def __init__(self, node: Node, directory: NetworkDirectory, profile: Profile) -> None:
+    def __init__(self, node: Node, listeners: Listeners, directory: NetworkDirectory, profile: Profile) -> None:
         self._node = node
+        self._listeners = listeners
         self._directory = directory
         self._store = directory.open()
         self.profile = profile
         self.issuer: Issuer | None = self._make_issuer()
         self.network: Network | None = None
-        self._enrolment: EnrolmentServer | None = None
+        self._desk: Desk | None = None
         self._database: RecordsDb | None = None
         self._renewing: asyncio.Task[None] | None = None
 
@@ -75,7 +78,8 @@ class NetworkService:
         if member.is_hub:
             entry = self.profile.document.hub(self.profile.key.peer_id)
             port = entry.enrol_port if entry is not None else 443
-            self._enrolment = await serve_enrolment(self.profile, self.issuer, None, port)
+            self._desk = Desk(self.profile, self.issuer)
+            await self._listeners.add(port, self._desk)
         self._renewing = self._node.services.tasks.start(
             keep_renewed(self._node.services, self.network.standing, self._renew, self._node.refresh_credentials),
             f"renew in {self.profile.name}",
@@ -84,8 +88,8 @@ class NetworkService:
     async def close(self) -> None:
         if self._renewing is not None:
             self._renewing.cancel()
-        if self._enrolment is not None:
-            await self._enrolment.close()
+        if self._desk is not None:
+            await self._listeners.remove(self._desk)
         if self.network is not None:
             await self._node.remove_network(self.network.label)
         if self._database is not None:

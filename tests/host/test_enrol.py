@@ -15,15 +15,10 @@ from identity.world import WALL, World, entropy, make_world
 from p2pvpn.core.address import Endpoint
 from p2pvpn.core.errors import LocalError, P2pvpnError, RemoteError, TrustError
 from p2pvpn.core.ids import PeerId
-from p2pvpn.host.enrol import (
-    MAGIC,
-    MAGIC_FORWARDED,
-    EnrolmentServer,
-    document_resolver,
-    enrol,
-    renew,
-    serve_enrolment,
-)
+from p2pvpn.host.enrol import enrol, renew
+from p2pvpn.host.enrol_server import Desk, EnrolmentServer, document_resolver
+from p2pvpn.host.enrol_wire import MAGIC, MAGIC_FORWARDED
+from p2pvpn.host.listener import Listener
 from p2pvpn.identity.enrolment import JoinResult, Refused, join_request
 from p2pvpn.identity.keys import PeerKey
 from p2pvpn.identity.profile import Profile
@@ -56,8 +51,8 @@ class Hubs:
         self.world = world
         self.profile = world.profile(world.hub_key, world.hub)
         self.issuer = self.profile.make_issuer(entropy=entropy("issuer"))
-        self.one: EnrolmentServer
-        self.two: EnrolmentServer
+        self.one: Listener
+        self.two: Listener
 
     def resolve(self, peer_id: PeerId) -> Sequence[str]:
         return [f"{LOOPBACK}:{self.one.port}"] if peer_id == self.world.hub_key.peer_id else []
@@ -71,13 +66,19 @@ class Hubs:
         return f"{LOOPBACK}:{self.two.port}"
 
 
+async def listen(desk: Desk, enrolment: EnrolmentServer, greeting_s: float = 10.0) -> Listener:
+    listener = Listener(None, enrolment, greeting_s=greeting_s)
+    listener.add(desk)
+    await listener.listen(LOOPBACK, 0)
+    return listener
+
+
 @asynccontextmanager
-async def hubs(world: World, **limits: object):
+async def hubs(world: World, *, greeting_s: float = 10.0, **limits: object):
     both = Hubs(world)
     second = world.profile(world.second_key, world.second)
-    both.one = EnrolmentServer(both.profile, both.issuer, wall=lambda: WALL, **limits)
-    await both.one.listen(LOOPBACK, 0)
-    both.two = await serve_enrolment(second, None, LOOPBACK, 0, both.resolve, wall=lambda: WALL)
+    both.one = await listen(Desk(both.profile, both.issuer), EnrolmentServer(wall=lambda: WALL, **limits), greeting_s)
+    both.two = await listen(Desk(second, None, both.resolve), EnrolmentServer(wall=lambda: WALL))
     try:
         yield both
     finally:
@@ -136,15 +137,15 @@ async def test_a_hub_that_poses_as_the_issuer_is_sent_nothing(world: World, key:
     class Impostor(EnrolmentServer):
         async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             await reader.readexactly(24)
-            await self._answer(self._issuer, reader, writer)
+            await self._answer(next(iter(self.desks.values())), reader, writer)
 
     class Greedy:
         def handle_untrusted(self, request: bytes, _wall: float) -> bytes:
             received.append(request)
             return b""
 
-    impostor = Impostor(world.profile(world.second_key, world.second), Greedy(), wall=lambda: WALL)
-    await impostor.listen(LOOPBACK, 0)
+    desk = Desk(world.profile(world.second_key, world.second), Greedy())
+    impostor = await listen(desk, Impostor(wall=lambda: WALL))
     try:
         with pytest.raises(TrustError, match="somebody else answers") as caught:
             await enrol([f"{LOOPBACK}:{impostor.port}"], world.hub_key.peer_id, b"a secret request")
@@ -253,7 +254,8 @@ async def test_strangers_and_loops_are_hung_up_on(world: World) -> None:
 
 @in_loop
 async def test_a_silent_stranger_is_dropped_in_time(world: World) -> None:
-    async with hubs(world, timeout=0.1) as both:
+    async with hubs(world, timeout=0.1, greeting_s=0.1) as both:
+        assert await hung_up_on(both.one.port, MAGIC + b"1234") == b""
         assert await hung_up_on(both.one.port, b"p2e") == b""
 
 
@@ -261,6 +263,8 @@ async def test_a_silent_stranger_is_dropped_in_time(world: World) -> None:
 async def test_connections_are_bounded_per_source(world: World, key: PeerKey) -> None:
     async with hubs(world, max_per_source=2) as both:
         held = [await asyncio.open_connection(LOOPBACK, both.one.port) for _ in range(2)]
+        for _, writer in held:
+            writer.write(MAGIC)
         assert await hung_up_on(both.one.port, MAGIC) == b""
         token = both.issuer.invite("laptop", WALL)
         with pytest.raises(RemoteError):
@@ -297,7 +301,7 @@ async def test_the_document_says_where_hubs_enrol(world: World) -> None:
 async def test_a_port_that_is_taken_is_said(world: World) -> None:
     async with hubs(world) as both:
         with pytest.raises(LocalError, match=f"TCP port {both.one.port}"):
-            await serve_enrolment(both.profile, None, LOOPBACK, both.one.port)
+            await Listener(None).listen(LOOPBACK, both.one.port)
 
 
 @in_loop
@@ -306,9 +310,9 @@ async def test_closing_ends_what_is_under_way(world: World) -> None:
         reader, writer = await asyncio.open_connection(LOOPBACK, both.two.port)
         writer.write(MAGIC + world.hub_key.peer_id)
         async with asyncio.timeout(5):
-            while not both.two.connections or not both.one.connections:  # noqa: ASYNC110 (two servers, no event)
+            while not both.two.enrolment.connections or not both.one.enrolment.connections:  # noqa: ASYNC110 (two servers, no event)
                 await asyncio.sleep(0)
         await both.two.close()
         assert await asyncio.wait_for(reader.read(), 5) == b""
-        assert both.two.connections == 0
+        assert both.two.enrolment.connections == 0
         writer.close()
