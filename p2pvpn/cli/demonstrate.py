@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-NAT_KINDS = ("none", "full-cone", "restricted", "port-restricted", "symmetric")
+NAT_KINDS = ("none", "full-cone", "restricted", "port-restricted", "symmetric", "udp-blocked")
 
 
 @click.command()

@@ -33,6 +33,8 @@ def status(as_json: bool) -> None:
     for network in answer["networks"]:
         click.echo()
         click.echo(f"{network['name']}  {network['overlay']}  {network['ipv4'] or ''}  as {network['me']}")
+        for warning in network["warnings"]:
+            click.echo(f"warning: {warning['message']}\n  {warning['hint']}")
         show_table(
             "hubs", ("name", "state", "address"), [(h["name"], h["state"], h["remote"]) for h in network["hubs"]]
         )
@@ -71,7 +73,7 @@ def _peer_table(rows: list[dict[str, Any]]) -> None:
         [
             (
                 p["name"],
-                p["path"] or p["state"],
+                _way(p),
                 p["rtt_ms"],
                 p["ipv4"] or p["overlay"],
                 p["remote"],
@@ -82,6 +84,13 @@ def _peer_table(rows: list[dict[str, Any]]) -> None:
             for p in rows
         ],
     )
+
+
+def _way(peer: dict[str, Any]) -> str:
+    """How a peer is reached, or why not."""
+    if not peer["path"]:
+        return str(peer["state"])
+    return f"{peer['path']} over TCP" if peer["over"] == "tcp" else str(peer["path"])
 
 
 def _size(count: int) -> str:

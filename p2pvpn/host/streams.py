@@ -85,18 +85,15 @@ class HostStreams:
         try:
             await self._connect(end, hub, hub_id)
             sock, near = self._socket(None, self._port)
-        except StreamFailed as problem:
-            end.close()
-            portal = await find_portal(hub.host, intercepted=problem.trouble is StreamTrouble.INTERCEPTED)
-            if portal is not None:
-                raise StreamFailed(StreamTrouble.PORTAL, portal) from None
-            raise
         except BaseException:
             end.close()
             raise
         end.write(build_head(port))
         self._keep(_Stream(end, near, "", end.local_host, self._loop.time(), lambda: None, is_proven=True), sock)
         return near
+
+    async def find_portal(self, hub: Endpoint, *, intercepted: bool) -> str | None:
+        return await find_portal(hub.host, intercepted=intercepted)
 
     def close(self, stream: Endpoint) -> None:
         known = self._forget(stream)

@@ -53,6 +53,10 @@ class Figures:
     lost_during_upgrade: int | None = None
     on_the_wire: dict[str, int] | None = None
     hub_killed: dict[str, Any] = field(default_factory=lambda: {"lost": None, "new_connection_ok": None})
+    stream_tcp: int | None = None
+    """Segments of IKE and ESP over TCP, each counted at every hop."""
+    over: dict[str, str | None] = field(default_factory=dict)
+    """What each peer's relayed path went over at the end."""
 
     def as_json(self) -> str:
         return json.dumps(vars(self), indent=2) + "\n"
@@ -305,7 +309,7 @@ class Demo:
         traffic.go()
         time.sleep(1.0)
         for home in stage.homes.values():
-            nat.turn_hostile(home)
+            nat.turn_hostile(home, stage.nats[home.peer.name])
         story.note("symmetric from now on, and every flow that they knew is forgotten")
 
         def relayed() -> bool:
@@ -319,6 +323,13 @@ class Demo:
             raise Seen("10 pings answered over the relay", f"{len(times)} answered", (stage.a, stage.b))
         story.fact(f"the relay carries the traffic: 10 of 10 pings, {sorted(times)[5]:.1f} ms")
         story.note(f"the traffic stood still for {max(flow.longest_gap_s() for flow in flows):.1f} s")
+        figures.over = {
+            str(one): stage.over(one, str(other)) for one, other in ((stage.a, stage.b), (stage.b, stage.a))
+        }
+        for name, over in figures.over.items():
+            expected = "tcp" if stage.nats[name] is NatKind.UDP_BLOCKED else "udp"
+            if over != expected:
+                raise Seen(f"{name}'s side of the relay over {expected}", str(over), (stage.a, stage.b))
         if figures.rtt_ms["relayed"] is None:
             figures.rtt_ms["relayed"] = round(sorted(times)[5], 2)
             self._compare_round_trips()
@@ -332,6 +343,7 @@ class Demo:
         totals = wire.totals()
         story.totals(wire.by_hop(), totals)
         unexpected = totals.pop(Class.UNEXPECTED.value)
+        self.figures.stream_tcp = totals.pop(Class.STREAM_TCP.value)
         self.figures.on_the_wire = totals
         if wire.clear:
             hop, at = wire.clear[0]

@@ -6,6 +6,7 @@
     restricted        endpoint-independent         address-dependent
     port-restricted   endpoint-independent         address- and port-dependent
     symmetric         address- and port-dependent  address- and port-dependent
+    udp-blocked       no UDP passes, either way
 
 Mappings that do not depend on the endpoint live in two dynamic maps, inside to outside and back, with random outside
 ports; a set remembers whom each outside port has written to. Symmetric is what `masquerade fully-random` does by
@@ -38,6 +39,7 @@ class NatKind(Enum):
     RESTRICTED = "restricted"
     PORT_RESTRICTED = "port-restricted"
     SYMMETRIC = "symmetric"
+    UDP_BLOCKED = "udp-blocked"
 
 
 _GUARD = """
@@ -61,6 +63,15 @@ table ip lab {{
     oifname "wan" masquerade fully-random
   }}
 {_GUARD}}}
+"""
+
+_NO_UDP = """
+table inet lab_udp {
+  chain forward {
+    type filter hook forward priority -10;
+    meta l4proto udp drop
+  }
+}
 """
 
 _CONE = """
@@ -117,6 +128,8 @@ def ruleset(kind: NatKind) -> str:
         return "flush ruleset"
     if kind is NatKind.SYMMETRIC:
         return "flush ruleset" + _SYMMETRIC
+    if kind is NatKind.UDP_BLOCKED:
+        return "flush ruleset" + _SYMMETRIC + _NO_UDP
     return "flush ruleset" + _CONE % {"timeout": MAPPING_TIMEOUT_S, "admit": _ADMIT[kind], "guard": _GUARD}
 
 
@@ -143,9 +156,11 @@ def _has_nftables() -> bool:
     return subprocess.run(["nft", "-f", "-"], input=probe.encode(), capture_output=True, check=False).returncode == 0
 
 
-def turn_hostile(home: Home) -> None:
-    """The router becomes symmetric under its users' feet, as one does that reboots with another firmware."""
-    apply(home, NatKind.SYMMETRIC)
+def turn_hostile(home: Home, kind: NatKind = NatKind.SYMMETRIC) -> None:
+    """The router becomes symmetric under its users' feet, as one does that reboots with another firmware; one that
+    blocks UDP stays so.
+    """
+    apply(home, kind if kind is NatKind.UDP_BLOCKED else NatKind.SYMMETRIC)
 
 
 def direct_possible(one: NatKind, other: NatKind) -> bool | None:
@@ -155,6 +170,8 @@ def direct_possible(one: NatKind, other: NatKind) -> bool | None:
     never wrote to, which a filter by ports does not.
     """
     kinds = {one, other}
+    if NatKind.UDP_BLOCKED in kinds:
+        return False
     if NatKind.SYMMETRIC not in kinds:
         return True
     if kinds == {NatKind.SYMMETRIC}:

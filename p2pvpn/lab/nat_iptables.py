@@ -2,6 +2,7 @@
 
     port-restricted   MASQUERADE into a range of ports: one port per inside port, whatever the destination
     symmetric         MASQUERADE --random-fully
+    udp-blocked       the same, and no UDP is forwarded
     full-cone         one outside port for each UDP port of the peer, fixed, open to everybody
     restricted        the same, open to those who were written to (the `recent` match)
     TCP and ICMP are masqueraded in every kind
@@ -38,7 +39,9 @@ def script(kind: str, inside: str, public: str, timeout_s: int) -> str:
     rules: dict[str, list[str]] = {"nat": [], "filter": [], "mangle": []}
     if kind != "none":
         rules["filter"] = _FILTER
-    if kind == "symmetric":
+    if kind == "udp-blocked":
+        rules["filter"] = ["-A FORWARD -p udp -j DROP", *_FILTER]
+    if kind in ("symmetric", "udp-blocked"):
         rules["nat"] = ["-A POSTROUTING -o wan -j MASQUERADE --random-fully"]
     elif kind == "port-restricted":
         rules["nat"] = [

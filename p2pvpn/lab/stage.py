@@ -179,6 +179,11 @@ class Stage:
         peer = self.peer(node, name)
         return str(peer["path"] or "none") if peer.get("state") == "connected" else "none"
 
+    def over(self, node: Node, name: str) -> str | None:
+        """`udp` or `tcp`, for a peer in contact."""
+        said = self.peer(node, name).get("over")
+        return None if said is None else str(said)
+
     def wait(
         self, expected: str, true: Callable[[], bool], timeout_s: float, seen: Callable[[], str], *hosts: Node
     ) -> None:

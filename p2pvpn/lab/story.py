@@ -73,6 +73,7 @@ class Story:
         """Packets of each class at each hop, and their sum."""
         table = Table(title="packets on the wire, at every hop", title_justify="left", box=None, padding=(0, 1))
         table.add_column("hop")
+        total = {kind: count for kind, count in total.items() if count or kind != "stream_tcp"}
         for kind in total:
             table.add_column(kind, justify="right")
         for hop, counts in sorted(by_hop.items()):

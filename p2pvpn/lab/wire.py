@@ -1,10 +1,11 @@
-"""What is on the wire: every captured frame sorted into one of seven classes, ESP only if it decrypts.
+"""What is on the wire: every captured frame sorted into one of eight classes, ESP only if it decrypts.
 
     esp          UDP that decrypts and authenticates under a key of the key log
     ike          UDP with the non-ESP marker and an IKEv2 header of the right length, or an RFC 3948 NAT keepalive
     stun         UDP with a STUN header of the right length
     other_udp    any other UDP, ESP that does not decrypt included
-    enrol_tcp    TCP of the enrolment port
+    enrol_tcp    TCP of the hubs' port: enrolments, and the handshakes of all connections
+    stream_tcp   TCP of the hubs' port in connections that begin with TLS: IKE and ESP over TCP (RFC 9329)
     arp_nd_icmp  ARP, ICMP, ICMPv6 (with neighbour discovery)
     unexpected   anything else
 
@@ -38,6 +39,7 @@ ESP_HEADER_BYTES = 8
 NOWHERE = Endpoint("0.0.0.0", 0)  # noqa: S104 (a value)
 IKE_HEADER_BYTES = 28
 IKE_VERSION_2 = 0x20
+TLS_HANDSHAKE = b"\x16"
 
 
 class Class(Enum):
@@ -49,6 +51,7 @@ class Class(Enum):
     OTHER_UDP = "other_udp"
     ENROL_TCP = "enrol_tcp"
     ARP_ND_ICMP = "arp_nd_icmp"
+    STREAM_TCP = "stream_tcp"
     UNEXPECTED = "unexpected"
 
 
@@ -175,6 +178,8 @@ class Sorter:
         self.keys = keys
         self._enrol_port = enrol_port
         self._opened = {} if opened is None else opened
+        self._begun: dict[frozenset[tuple[str, int]], Class] = {}
+        """What each TCP connection began with, by its ends."""
         self._fragments: dict[tuple[object, ...], dict[int, tuple[bytes, bool]]] = {}
 
     def sort_untrusted(self, hop: str, frame: Frame) -> Packet | None:
@@ -203,12 +208,20 @@ class Sorter:
                 raise WireError(f"a UDP length of {length} in {len(body)} bytes")
             kind, inner = self._datagram_untrusted(body[8:length])
         elif protocol == TCP and self._enrol_port in ports:
-            kind = Class.ENROL_TCP
+            kind = self._segment_untrusted((str(source), ports[0]), (str(destination), ports[1]), body)
         elif protocol in (ICMP, ICMPV6):
             kind = Class.ARP_ND_ICMP
         ends = Endpoint(str(source), ports[0]), Endpoint(str(destination), ports[1])
         spi = int.from_bytes(body[8:12], "big") if kind is Class.ESP else 0
         return Packet(frame.at, hop, kind, *ends, inner, spi)
+
+    def _segment_untrusted(self, source: tuple[str, int], destination: tuple[str, int], body: bytes) -> Class:
+        """RFC 9293 section 3.1: the header's length is in the upper half of byte 12, in words."""
+        data = body[(body[12] >> 4) * 4 :] if len(body) > 12 else b""
+        ends = frozenset((source, destination))
+        if data and ends not in self._begun:
+            self._begun[ends] = Class.STREAM_TCP if data[:1] == TLS_HANDSHAKE else Class.ENROL_TCP
+        return self._begun.get(ends, Class.ENROL_TCP)
 
     def incomplete(self, hop: str) -> list[Packet]:
         """A packet of the class `unexpected` for each that never became whole."""

@@ -69,7 +69,10 @@ class Fallback:
         if hub is None or self._standing.me.is_hub or not self._services.lines.can_open:
             raise ConnectError("TCP", "there is no way over TCP")
         try:
-            line = await self._services.lines.open(hub.peer_id, await self._ways(hub), self._lost)
+            is_alone = not self._attachments.connected()
+            line = await self._services.lines.open(
+                hub.peer_id, await self._ways(hub), self._lost, look_for_portal=is_alone
+            )
         except StreamFailed as problem:
             self._warn(hub, problem)
             raise ConnectError("TCP", str(problem)) from None

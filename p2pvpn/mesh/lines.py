@@ -44,11 +44,13 @@ class Lines:
         on_lost: Callable[[Line], None],
         *,
         relay: bool = False,
+        look_for_portal: bool = False,
     ) -> Line:
         """A stream by the first way that works, each the hub's TLS endpoint and the UDP endpoint that is wanted.
 
         The UDP port is that of IKE unless it is one of the `relay`. Raises StreamFailed.
         """
+        tcp = None
         failure = StreamFailed(StreamTrouble.SILENT, "no address of the hub is known")
         for tcp, udp in ways:
             if self._streams is None:
@@ -60,6 +62,11 @@ class Lines:
                 continue
             line = self._lines[stream] = Line(stream, udp, tcp, on_lost)
             return line
+        if look_for_portal and tcp is not None and self._streams is not None:
+            is_intercepted = failure.trouble is StreamTrouble.INTERCEPTED
+            portal = await self._streams.find_portal(tcp, intercepted=is_intercepted)
+            if portal is not None:
+                raise StreamFailed(StreamTrouble.PORTAL, portal)
         raise failure
 
     def at(self, stream: Endpoint) -> Line | None:

@@ -307,7 +307,8 @@ class Paths:
         if sa is self._owner.current:
             reason, sa.move_reason = sa.move_reason, "better"
             label, name = self._context.label, self._owner.name
-            self._context.emit(PathChanged(label, name, self.kind(sa).value, str(path.remote), reason))
+            remote = self._services.lines.show(path.remote)
+            self._context.emit(PathChanged(label, name, self.kind(sa).value, remote, reason))
 
     def move_failed(self, sa: LiveSa, path: Path, reason: str) -> None:
         """The SA stays where it was. If that is dead too, try again over the relay."""

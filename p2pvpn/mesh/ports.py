@@ -244,6 +244,10 @@ class Streams(Protocol):
         """
         ...
 
+    async def find_portal(self, hub: Endpoint, *, intercepted: bool) -> str | None:
+        """Where the captive portal is that answers at the hub's address, or nothing. `intercepted`: TLS was."""
+        ...
+
     def close(self, stream: Endpoint) -> None:
         """End it; unknown ones are ignored."""
         ...

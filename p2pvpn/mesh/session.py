@@ -193,7 +193,7 @@ class Session:
                     self.name,
                     str(self.overlay),
                     kind.value if kind else "",
-                    str(sa.path.remote),
+                    services.lines.show(sa.path.remote),
                     sa.initiator,
                     None if started is None else round(services.now - started, 4),
                 )

@@ -85,7 +85,7 @@ class SimStreams:
             raise StreamFailed(StreamTrouble.SILENT)
         await asyncio.sleep(6.0 * way.delay_s)
         if way.portal:
-            raise StreamFailed(StreamTrouble.PORTAL, way.portal)
+            raise StreamFailed(StreamTrouble.INTERCEPTED, "another certificate")
         there = way.hub.streams
         if not way.hub.is_running or not there.may_reach(port):
             raise StreamFailed(StreamTrouble.REFUSED)
@@ -95,6 +95,10 @@ class SimStreams:
         stream = _Stream(client, server, hub.host, way.outside)
         self._streams[client.near] = there._streams[server.near] = stream
         return client.near
+
+    async def find_portal(self, hub: Endpoint, *, intercepted: bool) -> str | None:
+        way = self._way(hub.host)
+        return way.portal if way is not None and way.portal else None
 
     def close(self, stream: Endpoint) -> None:
         known = self._streams.get(stream)

@@ -26,6 +26,8 @@ FIELDS = [
     "lost_during_upgrade",
     "on_the_wire",
     "hub_killed",
+    "stream_tcp",
+    "over",
 ]
 
 
@@ -60,6 +62,19 @@ def test_two_symmetric_nats_stay_relayed_and_working(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert (figures["path_at_first_ping"], figures["path"]) == ("relayed", "relayed")
     assert (figures["direct_ms"], figures["lost_during_upgrade"], figures["rtt_ms"]["direct"]) == (None, None, None)
+    assert figures["hub_killed"]["new_connection_ok"] is True
+    assert figures["on_the_wire"]["other_udp"] == 0
+
+
+@pytest.mark.netns
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_where_udp_is_blocked_everything_goes_over_tcp(tmp_path: Path) -> None:
+    done, figures = demo(tmp_path / "result.json", "--nat-a", "udp-blocked")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (figures["path_at_first_ping"], figures["path"]) == ("relayed", "relayed")
+    assert figures["over"] == {"a": "tcp", "b": "udp"}
+    assert figures["stream_tcp"] > 0
     assert figures["hub_killed"]["new_connection_ok"] is True
     assert figures["on_the_wire"]["other_udp"] == 0
 

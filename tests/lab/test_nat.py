@@ -29,7 +29,7 @@ CLAIMS = {
 @pytest.mark.stranger
 def test_each_kind_of_nat_is_what_it_claims_says_coturn(lab: Lab) -> None:
     homes = {}
-    for number, kind in enumerate(NatKind, start=1):
+    for number, kind in enumerate(CLAIMS, start=1):
         public = "198.51.100.1" if kind is NatKind.NONE else f"203.0.113.{number}"
         homes[kind] = lab.home(f"h{number}", public, number=number, routed=kind is NatKind.NONE)
         nat.apply(homes[kind], kind)
@@ -53,6 +53,23 @@ def _udp(node: object, port: int) -> socket.socket:
     sock.bind(("0.0.0.0", port))
     sock.settimeout(1.0)
     return sock
+
+
+def test_where_udp_is_blocked_tcp_passes(lab: Lab) -> None:
+    home, host = lab.home("a", "198.51.100.1", number=1), lab.public("server", "192.0.2.1")
+    nat.apply(home, NatKind.UDP_BLOCKED)
+    with _udp(host, 7000) as server, _udp(home.peer, 7000) as client:
+        client.sendto(b"hello", ("192.0.2.1", 7000))
+        with pytest.raises(TimeoutError):
+            server.recvfrom(100)
+    with host.socket(kind=socket.SOCK_STREAM) as listener, home.peer.socket(kind=socket.SOCK_STREAM) as caller:
+        listener.bind(("192.0.2.1", 443))
+        listener.listen()
+        caller.settimeout(5.0)
+        caller.connect(("192.0.2.1", 443))
+        accepted, source = listener.accept()
+        accepted.close()
+        assert source[0] == home.public
 
 
 def test_an_early_packet_of_the_peer_does_not_change_the_mapping(lab: Lab) -> None:
