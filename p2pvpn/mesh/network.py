@@ -41,6 +41,7 @@ from .hubside import HubSide
 from .ike_driver import carried_path
 from .knocks import Knocks
 from .natwatch import HubEnd
+from .nearest import NearestRelay
 from .notices import CANDIDATES, NAT, DocumentVersion, document_version
 from .ports import Resolver, SaUsage
 from .relaying import RelayPath
@@ -115,6 +116,7 @@ class Network:
             session=self.session,
             emit=self.emit,
         )
+        self.nearest = NearestRelay(services, standing, self.attachments, self.rendezvous, self)
         self.hub: HubSide | None = None
         self.knocks = Knocks(services, self, self.rpc, services.proofs) if self.me.is_hub else None
         if self.me.is_hub:
@@ -219,6 +221,7 @@ class Network:
             if self._services.now >= inspect_at:
                 inspect_at = self._services.now + tuning.inspect_s
                 await self._look_at(list(self.sessions.values()), Session.inspect)
+                self.nearest.look(self.sessions.values())
                 for overlay, session in list(self.sessions.items()):
                     if session.idle and not self.is_hub(overlay):
                         del self.sessions[overlay]
@@ -413,6 +416,7 @@ class Network:
                 session = self._by_sa.get(sa)
                 if session is not None:
                     session.informed(sa, notifies)
+                    self.nearest.heard(session, notifies)
                     self._compare_version(session, notifies)
 
     def _session_changed(self, session: Session, reason: str) -> None:
@@ -452,6 +456,7 @@ class Network:
         """An address, a route or our NAT changed: tell hubs and peers, look for better paths."""
         self.attachments.wake()
         self.fallback.network_changed()
+        self.nearest.network_changed()
         for session in list(self.sessions.values()):
             session.network_changed()
         self._tell_everybody(self._place_notifies(), punching_only=True)

@@ -18,6 +18,10 @@ NAT = 41004
 """What the sender knows of the NAT in front of it (`punch.traversal.encode_nat`)."""
 RUN = 41005
 """A step of a run of guesses (`punch.traversal.RunNotice`)."""
+RTTS_WANTED = 41006
+"""The sender asks for the receiver's round trips to the hubs. No data."""
+RTTS = 41007
+"""The sender's round trips to the hubs (`nearest.encode`)."""
 DIGEST_BYTES = 32
 
 

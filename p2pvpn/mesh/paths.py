@@ -179,6 +179,9 @@ class Paths:
         """A relay to the peer, at which a hub saw the peer's tunnel come from `seen_at`."""
         self.relays[relay.endpoint] = relay
         relay.on_lost = self._relay_lost
+        for sa in self._owner.sas.values():
+            if sa.path.remote == relay.endpoint:  # The peer was quicker than the news of the relay.
+                self._take_up(sa)
         if seen_at is not None:
             self._seen_at = seen_at
             for sa in self._owner.sas.values():
@@ -296,6 +299,11 @@ class Paths:
             sa.move_reason = reason
             sa.settled.clear()
             self._services.ike.move(sa.id, path)
+
+    def take_relay(self, sa: LiveSa, relay: RelayPath, reason: str) -> None:
+        """A better relay, where the peer waits, for an SA of ours that is on another one still."""
+        if sa is self._owner.current and sa.relayed and not self.is_in_trouble:
+            self._move(sa, relay.path, reason)
 
     def moved(self, sa: LiveSa, path: Path) -> None:
         """MOBIKE moved an SA, by either side."""

@@ -90,6 +90,12 @@ class Rendezvous:
         self._directory.forget(target)
         raise ConnectError("call", problem)
 
+    async def relay_by(self, hub: Hub, target: IPv6Address) -> RelayPath:
+        """Call a peer that we have a relayed SA with through this hub, for a relay there. Raises ConnectError."""
+        relay, answered = await self._ask(hub, Call(target, self._standing.me.certificate, resume=True))
+        self._keep(relay, target, answered.invitation)
+        return relay
+
     def _rank(self, hub: Hub, target: IPv6Address, tried: Sequence[str]) -> tuple[int, bool, bool, bytes]:
         """By the target's locator if we have it, else by where it would attach if all hubs were well."""
         host = self._host_of(hub.overlay)

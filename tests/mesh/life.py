@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from p2pvpn.mesh.events import MeshEvent
@@ -11,6 +11,7 @@ from p2pvpn.mesh.network import Network
 from p2pvpn.mesh.node import Node
 from p2pvpn.mesh.tuning import Tuning
 from p2pvpn.sim.application import Pinger, Report
+from p2pvpn.sim.internet import Quality
 from p2pvpn.sim.start import start_node
 from p2pvpn.sim.world import Home, Machine, World
 
@@ -29,11 +30,12 @@ class Life:
         tuning: Tuning | None = None,
         *,
         pcp: bool | str = False,
+        hub_delays_s: Sequence[float] = (0.010, 0.010, 0.010),
     ) -> None:
-        """`pcp`: the routers map ports; or only that of the peer of this name does."""
+        """With `pcp` the routers map ports, or that of the peer of this name does; the delays are of hubs' lines."""
         self.world = World(seed)
         self.tuning = tuning
-        self.hubs = [self.world.hub() for _ in range(3)]
+        self.hubs = [self.world.hub(quality=Quality(delay_s=delay_s)) for delay_s in hub_delays_s]
         self.homes: dict[str, Home] = {}
         self._pcp = pcp
         self.a = self._peer("a", nat_a)
