@@ -13,7 +13,6 @@ from ipaddress import IPv6Address
 from typing import Protocol
 
 from p2pvpn.core.address import Endpoint, IpAddress, Path
-from p2pvpn.core.errors import LocalError
 from p2pvpn.core.output import Output
 from p2pvpn.core.selector import Selector
 from p2pvpn.dht.client import DhtClient
@@ -39,11 +38,12 @@ from .gossip import DocumentGossip
 from .hub_dial import dial_hub
 from .hubside import HubSide
 from .ike_driver import carried_path
+from .inspection import inspect
 from .knocks import Knocks
 from .natwatch import HubEnd
 from .nearest import NearestRelay
 from .notices import CANDIDATES, NAT, DocumentVersion, document_version
-from .ports import Resolver, SaUsage
+from .ports import Resolver
 from .relaying import RelayPath
 from .rendezvous import Rendezvous
 from .services import Services
@@ -181,7 +181,8 @@ class Network:
         async with asyncio.TaskGroup() as group:
             group.create_task(self.attachments.run(), name="attachments")
             group.create_task(self.directory.run(), name="publish")
-            group.create_task(self._inspect(), name="inspect")
+            watching = inspect(self._services, self.sessions, keep=self.is_hub, looked=self.nearest.look)
+            group.create_task(watching, name="inspect")
             if self.hub is not None:
                 group.create_task(self.hub.run(), name="hub")
 
@@ -210,33 +211,6 @@ class Network:
     def take_document(self, raw: bytes, source: str) -> None:
         """A document from outside the mesh, a new grant say. Raises TrustError or WireError."""
         self._adopt(raw, source)
-
-    async def _inspect(self) -> None:
-        """Look at every SA's counters now and then, and closely at those with traffic."""
-        tuning = self._services.tuning
-        inspect_at = self._services.now
-        while True:
-            busy = [session for session in self.sessions.values() if session.is_busy]
-            await asyncio.sleep(tuning.watch_s if busy else max(tuning.watch_s, inspect_at - self._services.now))
-            if self._services.now >= inspect_at:
-                inspect_at = self._services.now + tuning.inspect_s
-                await self._look_at(list(self.sessions.values()), Session.inspect)
-                self.nearest.look(self.sessions.values())
-                for overlay, session in list(self.sessions.items()):
-                    if session.idle and not self.is_hub(overlay):
-                        del self.sessions[overlay]
-            else:
-                await self._look_at(busy, Session.watch)
-
-    async def _look_at(self, sessions: list[Session], look: Callable[[Session, SaUsage], None]) -> None:
-        live = [session.current.child_id for session in sessions if session.current is not None]
-        try:
-            usage = await self._services.plane.usage(live)
-        except LocalError:
-            return  # the plane died; `reopen` and `abandon` follow
-        for session in sessions:
-            if session.current is not None:
-                look(session, usage.get(session.current.child_id, SaUsage()))
 
     # The network document.
 
