@@ -211,6 +211,11 @@ class StreamEnd(asyncio.Protocol):
     # The end.
 
     @property
+    def waiting_bytes(self) -> int:
+        """Bytes that wait for TCP."""
+        return self._waiting_bytes
+
+    @property
     def local_host(self) -> str:
         """Our address of the TCP connection."""
         name = self._transport.get_extra_info("sockname") if self._transport is not None else None

@@ -65,7 +65,9 @@ class _Stream:
 class HostStreams:
     """Implements `mesh.ports.Streams`. `port` is our own UDP port; `close_all` at the end."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, *, unproven_s: float = UNPROVEN_S, look_s: float = LOOK_S) -> None:
+        self._unproven_s = unproven_s
+        self._look_s = look_s
         self.on_lost: Callable[[Endpoint], None] = lambda stream: None
         self.may_reach: Callable[[int], bool] = lambda port: False
         self._port = port
@@ -199,7 +201,7 @@ class HostStreams:
         stream.end.on_closed = lambda: self._on_closed(stream)
         stream.end.attach(sock)
         if self._looking is None:
-            self._looking = self._loop.call_later(LOOK_S, self._look)
+            self._looking = self._loop.call_later(self._look_s, self._look)
 
     def _on_closed(self, stream: _Stream) -> None:
         if not stream.is_proven:
@@ -218,10 +220,10 @@ class HostStreams:
         self._looking = None
         now = self._loop.time()
         for known in list(self._streams.values()):
-            if (not known.is_proven and now - known.began_at > UNPROVEN_S) or now - known.end.heard_at > SILENT_S:
+            if (not known.is_proven and now - known.began_at > self._unproven_s) or now - known.end.heard_at > SILENT_S:
                 known.end.close()
         if self._streams:
-            self._looking = self._loop.call_later(LOOK_S, self._look)
+            self._looking = self._loop.call_later(self._look_s, self._look)
 
 
 def _reason(problem: BaseException) -> str:
