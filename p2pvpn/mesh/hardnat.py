@@ -56,7 +56,7 @@ from .services import Services
 if TYPE_CHECKING:
     from .paths import LiveSa
 
-START_AFTER_S = 0.8
+START_AFTER_S = 0.6
 """Ordinary checks have found what they can by then."""
 ANSWER_S = 8.0
 """From WANT to OPEN: words of hubs, samples, 128 openings, and the way over the relay."""
@@ -70,6 +70,8 @@ PREDICTED_SOCKETS, SPARE = 16, 32
 """Sockets whose ports are predicted, and further ports that are tried as others may open some in between."""
 MEETING_ROUNDS = 3
 AFTER_MEETING_S = 1.0
+WORDS_S = 20.0
+"""What hubs said of where the peer is counts so long."""
 LINGER_S = 5.0
 """What was sent to a socket before the move arrives."""
 
@@ -121,6 +123,9 @@ class HardNat:
         self._run_sa: LiveSa | None = None
         self._number = 0
         self._answer: asyncio.Future[RunNotice] | None = None
+        self._words: Mapping[IpAddress, frozenset[bytes]] = {}
+        self._words_at = 0.0
+        """What hubs said of where the peer is, and when."""
         self._found = asyncio.Event()
         self._kept: dict[int, float] = {}
         """Extra sockets of paths in use, and when they were last seen so."""
@@ -136,6 +141,8 @@ class HardNat:
         if not sa.relayed:
             sa.pump.feed(sa.agent.suggest(sa.path, self._services.now))
         asyncio.get_running_loop().call_later(START_AFTER_S, self.look)
+        if sa.relayed and self._part() in (Part.OPEN, Part.PROBE, Part.MEET):
+            self._services.tasks.start(self._look_up(sa.agent), f"where is {self._owner.name}")
 
     def informed(self, sa: LiveSa, notifies: tuple[Notify, ...]) -> None:
         """The peer said something inside IKE."""
@@ -155,6 +162,7 @@ class HardNat:
 
     def network_changed(self) -> None:
         """Another NAT, another chance."""
+        self._words = {}
         self._backoff.reset()
         self._predicts = True
 
@@ -208,14 +216,22 @@ class HardNat:
     def _is_wanted(self, sa: LiveSa) -> bool:
         return sa.relayed and sa.agent is not None and sa.agent.selected is None
 
-    async def _attest(self, agent: PunchAgent) -> list[str]:
-        """Ask hubs where the peer is: addresses that enough of them name. Raises P2pvpnError."""
-        for address, hubs in (await self._context.whereabouts(self._owner.overlay)).items():
+    async def _attest(self, agent: PunchAgent) -> str:
+        """The peer's address by the word of enough hubs. Raises P2pvpnError."""
+        if self._services.now - self._words_at > WORDS_S or not self._words:
+            self._words = await self._context.whereabouts(self._owner.overlay)
+            self._words_at = self._services.now
+        for address, hubs in self._words.items():
             for hub in hubs:
                 agent.attest(str(address), hub)
-            if address.version == 4 and agent.outbox.attesting_hubs(str(address)) >= HUBS_NEEDED:
-                return [str(address)]
+            if address.version == 4 and len(hubs) >= HUBS_NEEDED:
+                return str(address)
         raise LocalError(f"fewer than {HUBS_NEEDED} hubs say where the peer is")
+
+    async def _look_up(self, agent: PunchAgent) -> None:
+        """A run will be wanted, perhaps: ask the hubs beforehand."""
+        with contextlib.suppress(P2pvpnError):
+            await self._attest(agent)
 
     # Runs.
 
@@ -268,7 +284,7 @@ class HardNat:
         agent = sa.agent
         if agent is None or not self._is_wanted(sa):
             return
-        (host,) = await self._attest(agent)
+        host = await self._attest(agent)
         for _ in range(2):  # a prediction may fail; the peer guesses then
             answer = await self._ask(sa, Step.WANT)
             if answer.step is not Step.OPEN:
@@ -289,7 +305,9 @@ class HardNat:
         target = _seen_at(agent, await self._attest(agent))
         near = _near(agent).host
         with self._sockets(agent) as sockets:
-            prediction = await self._sample(near, sockets) if self._predicts else Prediction(Allocation.RANDOM)
+            prediction = Prediction(Allocation.RANDOM)
+            if self._predicts and self._context.nat().allocation is not Allocation.RANDOM:
+                prediction = await self._sample(near, sockets)
             ports = sockets.open(PREDICTED_SOCKETS if prediction.is_useful else SOCKETS)
             told = prediction.ports(ports, SPARE)
             self._predicts = not told
@@ -303,7 +321,7 @@ class HardNat:
         agent = sa.agent
         if agent is None or not self._is_wanted(sa):
             return
-        (host,) = await self._attest(agent)
+        host = await self._attest(agent)
         near = _near(agent).host
         with self._sockets(agent) as sockets:
             prediction = await self._sample(near, sockets)
@@ -430,10 +448,10 @@ def _near(agent: PunchAgent) -> Endpoint:
     return next((one.base for one in ours if one.kind is CandidateKind.REFLEXIVE), ours[0].base)
 
 
-def _seen_at(agent: PunchAgent, hosts: Sequence[str]) -> Endpoint:
-    """The easy side's address as everybody sees it. Raises LocalError when it names none that hubs attest."""
+def _seen_at(agent: PunchAgent, host: str) -> Endpoint:
+    """The easy side's socket as everybody sees it, at this address. Raises LocalError when it names none."""
     outside = (*SEEN_FROM_OUTSIDE, CandidateKind.HOST)
-    known = [one for one in agent.checks.remote if one.kind in outside and one.endpoint.host in hosts]
+    known = [one for one in agent.checks.remote if one.kind in outside and one.endpoint.host == host]
     if not known:
         raise LocalError("the peer names no address that hubs attest")
     return max(known, key=priority).endpoint
