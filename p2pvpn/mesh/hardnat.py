@@ -48,7 +48,7 @@ from p2pvpn.punch.prediction import Prediction, predict
 from p2pvpn.punch.traversal import Part, RunNotice, Step, decode_nat_untrusted, part
 
 from .events import Guessed, MeshEvent
-from .notices import NAT, RUN, find
+from .notices import CANDIDATES, NAT, RUN, find
 from .ports import Underlay
 from .pump import Pump
 from .services import Services
@@ -116,6 +116,8 @@ class HardNat:
         self._context = context
         self._owner = owner
         self._theirs = NatBehaviour()
+        self._their_place = b""
+        """The peer's candidates as they came: others mean that it moved."""
         self._backoff = RunBackoff()
         self._predicts = True
         """Whether our next run as the hard side tries to predict; the one after a prediction that failed does not."""
@@ -197,6 +199,10 @@ class HardNat:
     # Knowledge.
 
     def _learn(self, notifies: tuple[Notify, ...]) -> None:
+        place = find(notifies, CANDIDATES)
+        if place is not None and place != self._their_place:
+            self._their_place = place
+            self.network_changed()
         data = find(notifies, NAT)
         if data is None:
             return
@@ -206,7 +212,7 @@ class HardNat:
             return
         if theirs != self._theirs:
             self._theirs = theirs
-            self.network_changed()
+            self._backoff.reset()
 
     def _part(self) -> Part:
         if not self._services.tuning.hard_nats:

@@ -202,6 +202,28 @@ def test_moves_to_other_ports_addresses_and_families_keep_the_numbers(wire):
     assert len(stream.lost()) <= 12  # in flight, twice a move
 
 
+def test_traffic_goes_over_a_further_port_and_back(wire):
+    sa = wire.connect(children(next(wire.ids)))
+    a, b = wire.peers
+    (a4, _), (b4, _) = PUBLIC["a"], PUBLIC["b"]
+    port = a.ask("listen")
+    stream = Stream(a.node, b.node, INNER["a"][0], INNER["b"][0])
+    remote = str(Endpoint(b4, 4500))
+    for near in (port, 4500, port, 4500):
+        local = str(Endpoint(a4, near))
+        b.ask("move", sa, remote, local)
+        a.ask("move", sa, local, remote)
+        time.sleep(0.1)
+        assert len(a.node.ping(INNER["b"][1], count=2, interval_s=0.05)) == 2
+        assert len(b.node.ping(INNER["a"][0], count=2, interval_s=0.05)) == 2
+        assert (
+            b.node.run(["ping", "-n", "-c", "1", "-W", "3", "-s", "4000", INNER["a"][0]], check=False).returncode == 0
+        )
+    assert stream.lost() == []
+    a.ask("unlisten", port)
+    assert a.node.ping(INNER["b"][0])
+
+
 @one_machine
 def test_a_source_left_to_routing_follows_the_routes(wire):
     pair = children(next(wire.ids))

@@ -52,6 +52,7 @@ class _Endpoint:
             self.plane = KernelPlane(underlay.esp_sockets, netlink, guard)
         else:
             self.plane = UserPlane(underlay.esp_sockets, netlink, guard, plain=plane == "plain")
+        self.plane.extra_socket = underlay.esp_at
         self.plane.on_trapped = lambda network, packet: _say(event="trapped", arguments=[network, packet.hex()])
         self.plane.on_moved = lambda child_id, source: _say(event="moved", arguments=[child_id, str(source)])
         self.plane.on_died = lambda: _say(event="died", arguments=[])
@@ -87,6 +88,15 @@ class _Endpoint:
     async def move(self, child_id: int, local: str, remote: str) -> None:
         await self.plane.move(child_id, Path(Endpoint.parse(local), Endpoint.parse(remote)))
 
+    async def listen(self) -> int:
+        (port,) = self.underlay.open_extra(1)
+        await self.plane.listen(port)
+        return port
+
+    async def unlisten(self, port: int) -> None:
+        await self.plane.unlisten(port)
+        self.underlay.close_extra(port)
+
     async def remove(self, child_id: int) -> None:
         await self.plane.remove(child_id)
 
@@ -120,6 +130,8 @@ _COMMANDS = {
     "use": _Endpoint.use,
     "connect": _Endpoint.connect,
     "move": _Endpoint.move,
+    "listen": _Endpoint.listen,
+    "unlisten": _Endpoint.unlisten,
     "remove": _Endpoint.remove,
     "inject": _Endpoint.inject,
     "usage": _Endpoint.usage,

@@ -1,0 +1,182 @@
+"""Endpoint-dependent NATs: passed by prediction or guesses, sparingly, and left alone where that is hopeless."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from p2pvpn.core.ids import PeerId
+from p2pvpn.mesh.attach import Hub
+from p2pvpn.mesh.events import Guessed
+from p2pvpn.mesh.hardnat import HardNat
+from p2pvpn.mesh.tuning import Tuning
+from p2pvpn.mesh.whereabouts import witnesses
+from p2pvpn.sim.application import Pinger
+from p2pvpn.sim.nat import NatKind
+from p2pvpn.sim.world import Machine
+from tools.hard_nat import MOST_PROBES, MOST_RATE, run
+
+from .life import Life
+
+CERTAIN = [
+    ("symmetric/sequential", "port-restricted"),
+    ("port-restricted", "symmetric/sequential+2/others=5"),
+    ("ad/apd/sequential", "port-restricted"),
+    ("apd/apd", "port-restricted"),
+    ("symmetric/sequential", "symmetric/sequential+3"),
+    ("apd/apd", "apd/apd"),
+    ("symmetric/sequential", "apd/apd"),
+]
+GUESSED = [("symmetric", "port-restricted"), ("port-restricted", "ad/apd/random")]
+
+
+def hard_nat(life: Life, machine: Machine, other: Machine) -> HardNat:
+    return life.network(machine).sessions[other.overlay].paths.hard_nat
+
+
+async def direct_within(life: Life, limit_s: float) -> bool:
+    loop = asyncio.get_running_loop()
+    until = loop.time() + limit_s
+    while loop.time() < until:
+        if life.path(life.a, life.b) == life.path(life.b, life.a) == "direct":
+            return True
+        await asyncio.sleep(0.1)
+    return False
+
+
+def guesses(life: Life) -> list[Guessed]:
+    return [event for _, event in life.events if isinstance(event, Guessed)]
+
+
+@pytest.mark.parametrize(("nat_a", "nat_b"), CERTAIN)
+def test_a_nat_that_can_be_predicted_is_passed_within_three_seconds(nat_a: str, nat_b: str) -> None:
+    for seed in (41, 42):
+        life = Life(seed, nat_a, nat_b)
+
+        async def story(life: Life = life) -> None:
+            await life.ping(life.a, life.b, count=1)
+            assert await direct_within(life, 3.0)
+            assert all(run.method.startswith("prediction") for run in guesses(life))
+            assert (await life.ping(life.a, life.b)).lost == []
+            assert (await life.ping(life.b, life.a)).lost == []
+
+        life.run(story())
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3, 4, 5, 6])
+def test_a_random_nat_against_a_port_restricted_one_is_passed_by_guessing(seed: int) -> None:
+    outcome = run(seed)
+    assert outcome.direct_s is not None
+    assert outcome.direct_s <= 12.0
+    assert outcome.probes <= MOST_PROBES
+    assert outcome.rate <= MOST_RATE
+
+
+@pytest.mark.parametrize(("nat_a", "nat_b"), GUESSED)
+def test_nothing_is_lost_meanwhile_and_one_extra_socket_stays(nat_a: str, nat_b: str) -> None:
+    life = Life(43, nat_a, nat_b)
+    hard = life.a if nat_a != "port-restricted" else life.b
+
+    async def story() -> None:
+        running = Pinger(life.a.host, life.b.overlay, count=800, interval_s=0.02)
+        assert await direct_within(life, 14.0)
+        report = await running.done()
+        assert report.lost == []
+        await asyncio.sleep(8)
+        (port,) = hard.host.underlay.extra_ports
+        session = life.network(hard).sessions[(life.b if hard is life.a else life.a).overlay]
+        assert session.current is not None
+        assert session.current.path.local.port == port
+        await asyncio.sleep(60)
+        assert life.path(life.a, life.b) == "direct"
+        assert (await life.ping(life.b, life.a)).lost == []
+
+    life.run(story())
+
+
+def test_an_sa_that_is_replaced_stays_on_its_hard_won_path() -> None:
+    life = Life(44, "symmetric/sequential", "port-restricted", tuning=replace(Tuning(), sa_life_s=30.0))
+
+    async def story() -> None:
+        running = Pinger(life.a.host, life.b.overlay, count=1200, interval_s=0.1)
+        assert await direct_within(life, 4.0)
+        assert (await running.done()).lost == []
+        assert life.path(life.a, life.b) == life.path(life.b, life.a) == "direct"
+        assert len(guesses(life)) <= 2
+        for one, other in ((life.a, life.b), (life.b, life.a)):
+            session = life.network(one).sessions[other.overlay]
+            assert session.current is not None
+            assert session.current.agent is not None
+            assert session.current.agent.selected == session.current.path
+
+    life.run(story())
+
+
+def test_two_random_nats_stay_relayed_without_a_guess() -> None:
+    life = Life(45, "symmetric", "symmetric")
+
+    async def story() -> None:
+        await life.ping(life.a, life.b)
+        assert not await direct_within(life, 15.0)
+        assert guesses(life) == []
+        assert life.path(life.a, life.b) == "relayed"
+
+    life.run(story())
+
+
+def test_nothing_is_guessed_where_the_owner_does_not_want_it() -> None:
+    life = Life(46, "symmetric", "port-restricted", tuning=Tuning(hard_nats=False))
+
+    async def story() -> None:
+        await life.ping(life.a, life.b)
+        assert not await direct_within(life, 15.0)
+        assert guesses(life) == []
+
+    life.run(story())
+
+
+def test_after_a_failure_it_is_tried_again_a_minute_later_and_at_once_when_a_network_changes() -> None:
+    life = Life(47, "symmetric", "port-restricted")
+
+    async def story() -> None:
+        blocked = _block_guesses(life)
+        await life.ping(life.a, life.b, count=1)
+        await asyncio.sleep(30)
+        assert [run.met for run in guesses(life)] == [False]
+        assert life.a.host.underlay.extra_ports == set()
+        running = Pinger(life.a.host, life.b.overlay, count=60, interval_s=1.0)
+        await asyncio.sleep(20)
+        assert len(guesses(life)) == 1
+        await asyncio.sleep(40)
+        assert [run.met for run in guesses(life)] == [False, False]
+        blocked.clear()
+        life.homes["a"].router.replace_nat(NatKind.of("symmetric"))
+        assert await direct_within(life, 40.0)
+        await running.done()
+
+    life.run(story())
+
+
+def _block_guesses(life: Life) -> set[bool]:
+    """While the set is not empty, nothing that b's machine sends to a's home arrives."""
+    blocked = {True}
+    underlay, target = life.b.host.underlay, life.homes["a"].router.outside.host(ipv6=False)
+    send = underlay.send
+
+    def sift(path, data):  # type: ignore[no-untyped-def]
+        if not (blocked and path.remote.host == target):
+            send(path, data)
+
+    underlay.send = sift  # type: ignore[method-assign]
+    return blocked
+
+
+def test_no_hub_has_a_part_in_two_words() -> None:
+    one, two, three, four = (PeerId(bytes([number]) * 20) for number in range(1, 5))
+    hubs = {peer: Hub(peer, f"hub{number}", None) for number, peer in enumerate((one, two, three, four))}  # type: ignore[arg-type]
+    assert witnesses([hubs[one], hubs[two]], [one, two]) == [(hubs[one], one), (hubs[two], two)]
+    assert witnesses([hubs[one], hubs[three]], [one, two]) == [(hubs[one], one), (hubs[three], two)]
+    assert witnesses([hubs[three], hubs[four]], [one, two]) == [(hubs[three], one), (hubs[four], two)]
+    assert witnesses([hubs[one]], [one, two]) == [(hubs[one], one)]
