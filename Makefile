@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 CORES := p2pvpn/core/*,p2pvpn/crypto/*,p2pvpn/identity/*,p2pvpn/dht/*,p2pvpn/punch/*,p2pvpn/ike/*,p2pvpn/esp/*,p2pvpn/relay/*
 
-.PHONY: help demo test check lint unit coverage bench bench-ike fuzz schedules sim nat-grid upgrades bad-input flood planes fresh clean
+.PHONY: help demo test check lint unit coverage bench bench-ike fuzz schedules sim nat-grid hard-nat upgrades bad-input flood planes fresh clean
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -45,6 +45,9 @@ sim: $(VENV)/.test ## the simulated Internet, seeds 1-20: ARGS="--seeds 7 --chur
 
 nat-grid: $(VENV)/.test ## every pair of NATs: direct or relayed, how fast, at what cost: ARGS="--only 'no UDP'"
 	@$(BIN)/python -m tools.nat_grid $(ARGS)
+
+hard-nat: $(VENV)/.test ## 500 pairs of a random and a port-restricted NAT: ARGS="--hard symmetric/sequential"
+	@$(BIN)/python -m tools.hard_nat $(ARGS)
 
 bench-ike: $(VENV)/.test ## CPU time of an IKE responder, ours and strongSwan's
 	PYTHONPATH=.:tests $(BIN)/python -m tools.bench_ike $(ARGS)

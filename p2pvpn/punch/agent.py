@@ -154,14 +154,9 @@ class PunchAgent:
 
     def suggest(self, path: Path, now: float) -> list[Output]:
         """The peer is reached over this path now, as others know: it is worth a check."""
-        if self._closed or not self._started:
+        if self._closed:
             return []
-        local = path.local
-        if local.is_unspecified:
-            bases = [one.base for one in self.checks.local if one.base.is_ipv6 == local.is_ipv6]
-            local = next((base for base in bases if base.port == local.port), local)
-        if self.checks.find(Path(local, path.remote)) is None:
-            self.checks.learn(Path(local, path.remote))
+        self.checks.suggest(path)
         return self._finish(now)
 
     def verify(self, now: float) -> list[Output]:

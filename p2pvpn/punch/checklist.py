@@ -155,6 +155,15 @@ class CheckList:
         permitted = self._limits.permits(path.remote, same_site=self._same_site())
         return self._learned(Path(local, path.remote), permitted)
 
+    def suggest(self, path: Path) -> None:
+        """The peer is reached over this path, as others know; make it a pair if it is none."""
+        local = path.local
+        if local.is_unspecified:
+            bases = [base for base in self._bases if base.is_ipv6 == local.is_ipv6]
+            local = next((base for base in bases if base.port == local.port), local)
+        if self.find(Path(local, path.remote)) is None:
+            self.learn(Path(local, path.remote))
+
     def _learned(self, path: Path, permitted: bool) -> Pair | None:
         if path in self._pairs:
             return None
