@@ -17,6 +17,8 @@ from p2pvpn.punch.portmap import http, upnp, xml
 from p2pvpn.punch.portmap.mapping import MapProtocol, PortMapping
 
 SEARCH_TRIES = 2
+SEARCH_S = upnp.SEARCH_WAIT_S + 0.5
+"""For answers to each try."""
 EXCHANGE_TIMEOUT_S = 5.0
 """For connection, request and answer."""
 LEASE_S = 3600
@@ -32,11 +34,12 @@ MULTICAST_TTL = 2
 class Igd:
     """The UPnP side of the router `gateway`; `local` is our endpoint towards it."""
 
-    def __init__(self, gateway: str, local: Endpoint, entropy: Entropy) -> None:
+    def __init__(self, gateway: str, local: Endpoint, entropy: Entropy, search_s: float = SEARCH_S) -> None:
         self.gateway = gateway
         self.local = local
         self.mapping: PortMapping | None = None
         self._entropy = entropy
+        self._search_s = search_s
         self._service: upnp.Service | None = None
 
     async def map(self) -> float:
@@ -110,7 +113,7 @@ class Igd:
                         with contextlib.suppress(OSError):
                             sock.sendto(upnp.search(device), (host, upnp.PORT))
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(upnp.SEARCH_WAIT_S + 0.5):
+                    async with asyncio.timeout(self._search_s):
                         return await self._hear(sock)
         raise RemoteError("the router does not answer UPnP")
 
