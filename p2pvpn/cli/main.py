@@ -27,6 +27,7 @@ COMMANDS = {
     "status": "show:status",
     "peers": "show:peers",
     "ping": "show:ping",
+    "netcheck": "netcheck:netcheck",
     "forget": "show:forget",
     "events": "show:events",
     "demo": "demonstrate:demo",

@@ -34,6 +34,7 @@ class Requests:
             "status": self.status,
             "resolve": self.resolve,
             "ping": self.ping,
+            "netcheck": self.netcheck,
             "forget": self.forget,
             "invite": self.invite,
             "reload": self.reload,
@@ -90,6 +91,14 @@ class Requests:
             "remote": status.get("remote"),
             "note": session.last_failure if session is not None and rtt_s is None else "",
         }
+
+    async def netcheck(self) -> dict[str, object]:
+        """What the network here does to us; takes seconds."""
+        if not self._networks():
+            raise LocalError(
+                "this machine is in no network", hint="join one with: p2pvpn join TOKEN", fault=Fault.REFUSED
+            )
+        return await self._daemon.node.net_check.run()
 
     async def forget(self, peer: str) -> dict[str, object]:
         network, overlay = await self._find(peer)

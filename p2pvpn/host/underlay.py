@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from p2pvpn.core.address import Endpoint, IpNetwork, Path
 from p2pvpn.core.errors import Fault, LocalError
 
-from .netlink import LocalAddress, Netlink
+from .netlink import Gateway, LocalAddress, Netlink
 from .udp import (
     ANCILLARY_BYTES,
     MAX_DATAGRAM_BYTES,
@@ -55,6 +55,7 @@ class Underlay:
         self._shared = shared
         self._netlink = netlink
         self._addresses = addresses
+        self._gateways: tuple[Gateway, ...] = ()
         self._loop = asyncio.get_running_loop()
         self._looking: asyncio.Task[None] | None = None
         self._look_again = False
@@ -71,7 +72,9 @@ class Underlay:
     async def open(cls, netlink: Netlink, port: int = 4500) -> Underlay:
         """Open the port (0 for any). Raises LocalError when it is taken."""
         addresses = await netlink.addresses()
-        return cls(open_port(port), netlink, addresses)
+        underlay = cls(open_port(port), netlink, addresses)
+        underlay._gateways = await netlink.gateways()
+        return underlay
 
     def close(self) -> None:
         """Close every socket of the port, the plane's included."""
@@ -163,6 +166,9 @@ class Underlay:
     def local_networks(self) -> Sequence[IpNetwork]:
         return [ipaddress.ip_interface(f"{a.host}/{a.prefix_length}").network for a in self._addresses]
 
+    def gateways(self) -> Sequence[str]:
+        return [gateway.host for gateway in self._gateways]
+
     def send(self, path: Path, data: bytes) -> None:
         sock = self._sockets.get((socket.AF_INET6 if path.remote.is_ipv6 else socket.AF_INET, path.local.port))
         if sock is None:
@@ -198,6 +204,7 @@ class Underlay:
 
     async def _look(self) -> None:
         self._addresses = await self._netlink.addresses()
+        self._gateways = await self._netlink.gateways()
         self.on_change()
 
     def _looked(self, task: asyncio.Task[None]) -> None:

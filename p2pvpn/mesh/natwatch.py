@@ -45,8 +45,10 @@ SETTLE_S = 5.0
 """After the first hub: others follow, and connecting goes first."""
 WARM, WARM_S = 3, 1.5
 """Exchanges that make a binding a busy one (Linux: answered, and used for more than two seconds)."""
-KNOCK_TRIES, KNOCK_S = 3, 0.8
+KNOCK_TRIES, KNOCK_S = 2, 0.8
 """Each asks for one knock and waits so long for it: a round trip through the tunnel and half of one back."""
+SURE_TRIES = 4
+"""The same when a binding's death is at stake."""
 HAIRPIN_TRIES, HAIRPIN_S = 3, 0.3
 VOID_S = 60.0
 """Pause after a trial that told nothing, doubled each time up to an hour."""
@@ -181,9 +183,10 @@ class NatWatch:
             await asyncio.sleep(LOOK_S)
 
     def _where(self) -> str:
-        """The network that we are in: its outer address and the networks inside."""
+        """The network that we are in: its outer address, its router and the networks inside."""
         outer = sorted({seen.host for seen in self._probe.seen_by().values()})
-        return " ".join([*outer[:2], "|", *sorted(map(str, self._services.underlay.local_networks()))])[:200]
+        underlay = self._services.underlay
+        return " ".join([*outer[:2], "|", *underlay.gateways(), "|", *map(str, underlay.local_networks())])[:200]
 
     def _arrive(self) -> HubEnd | None:
         """Take up what is known of this network."""
@@ -194,8 +197,13 @@ class NatWatch:
         self._use(LifetimeSearch.of_dict(self._read().get(self.attachment)))
         return hub
 
-    async def look(self, hub: HubEnd) -> None:
-        """Filtering and hairpin, of the family that the tunnel to this hub uses."""
+    def hub_of(self, ipv6: bool) -> HubEnd | None:
+        """A hub that we have a tunnel of this family to, and that answers STUN."""
+        answered = self._probe.seen_by()
+        return next((hub for hub in self._hubs() if hub.endpoint.is_ipv6 == ipv6 and hub.endpoint in answered), None)
+
+    async def look(self, hub: HubEnd) -> bool:
+        """Filtering and hairpin, of the family that the tunnel to this hub uses; whether they could be looked at."""
         ipv6 = hub.endpoint.is_ipv6
         try:
             with self.socket(ipv6=ipv6) as socket:
@@ -205,9 +213,10 @@ class NatWatch:
                 )
         except P2pvpnError as problem:
             log.debug("the NAT was not looked at: %s", problem)
-            return
+            return False
         self._probe.note_sample(socket.port, hub.endpoint, seen.endpoint)
-        self._probe.note(ipv6, filtering=filtering, hairpin=hairpin)
+        self._probe.note_sight(ipv6, filtering, hairpin)
+        return True
 
     async def filtering(self, socket: ProbeSocket, hub: HubEnd, seen: Seen) -> Filtering:
         """Whose packets come to a socket that wrote to one port of one hub only. Raises P2pvpnError."""
@@ -230,11 +239,18 @@ class NatWatch:
         return None
 
     async def _knocked(
-        self, socket: ProbeSocket, hub: HubEnd, seen: Seen, *, port: int = 0, other: HubEnd | None = None
+        self,
+        socket: ProbeSocket,
+        hub: HubEnd,
+        seen: Seen,
+        *,
+        port: int = 0,
+        other: HubEnd | None = None,
+        tries: int = KNOCK_TRIES,
     ) -> bool | None:
         """Whether a knock came in from where it was asked for; None when the hub could not knock."""
         asked = False
-        for _ in range(KNOCK_TRIES):
+        for _ in range(tries):
             transaction, came = socket.expect()
             args = ask(seen.endpoint, seen.proof, transaction, port, bytes(other.peer_id) if other else b"")
             try:
@@ -289,10 +305,10 @@ class NatWatch:
                     await asyncio.sleep(WARM_S)
                     seen = await socket.ask(hub.endpoint)
                 await asyncio.sleep(silence_s)
-                if await self._knocked(socket, hub, seen):
+                if await self._knocked(socket, hub, seen, tries=SURE_TRIES):
                     return True
                 seen = await socket.ask(hub.endpoint)
-                return False if await self._knocked(socket, hub, seen) else None
+                return False if await self._knocked(socket, hub, seen, tries=SURE_TRIES) else None
         except (P2pvpnError, LocalError) as problem:
             log.debug("a silence of %.0f s was not tried: %s", silence_s, problem)
             return None
@@ -308,8 +324,7 @@ class NatWatch:
         self._write()
 
     def _tell(self) -> None:
-        for ipv6 in (False, True):
-            self._probe.note(ipv6, lifetime_s=self.search.lifetime_s)
+        self._probe.note_lifetime(self.search.lifetime_s)
         self._apply(self.search.refresh_s)
 
     def _read(self) -> dict[str, object]:

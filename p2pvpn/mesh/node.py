@@ -44,6 +44,7 @@ from .events import EventSink
 from .ike_driver import IKE_PORT_WITHOUT_MARKER, IkeDriver
 from .lines import Lines
 from .natwatch import HubEnd, NatWatch
+from .netcheck import NetCheck
 from .network import Network
 from .outside import Outside
 from .ports import Forwarder, KeyLog, Plane, PortMapper, Resolver, StateStore, Streams, Underlay
@@ -129,6 +130,7 @@ class Node:
         self.outside = Outside(underlay, self._reflexive, port_mapper, self.services.punch_limits.refuses)
         self._reflector = Reflector(self.services.proofs)
         self.nat_watch = NatWatch(self.services, self._reflexive, self._hub_ends, self._refresh_every)
+        self.net_check = NetCheck(self.services, self.nat_watch, self.outside, self.networks.values, self._look_outside)
         self._stores: dict[str, StateStore] = {}
         """By the label of the network that is theirs."""
         self._settling: asyncio.TimerHandle | None = None

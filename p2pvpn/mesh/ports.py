@@ -69,6 +69,10 @@ class Underlay(Protocol):
         """The subnets that those addresses are in."""
         ...
 
+    def gateways(self) -> Sequence[str]:
+        """Addresses of the routers that default routes lead to, the preferred first."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class SaUsage:

@@ -19,9 +19,10 @@ from p2pvpn.core.limits import SourceLimiter
 
 from .behaviour import Filtering
 
-KNOCKS_PER_S = 1.0
-"""To one address: a peer learns about a NAT with ten of them, and asks again every half hour."""
-KNOCKS_BURST = 12.0
+KNOCKS_PER_S = 2.0
+"""To one address: a peer learns about a NAT with ten of them and asks again every half hour, others are behind the same
+NAT, and somebody may type `netcheck` again and again. 28 bytes each."""
+KNOCKS_BURST = 40.0
 TARGETS = 4096
 """Addresses whose rate is remembered; the least recently used one is forgotten first."""
 ASKER_PER_S, ASKER_BURST = 2.0, 40.0

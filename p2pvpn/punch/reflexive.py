@@ -285,19 +285,15 @@ class ReflexiveProbe:
 
     # What the NAT is like.
 
-    def note(
-        self,
-        ipv6: bool = False,
-        *,
-        filtering: Filtering | None = None,
-        lifetime_s: float | None = None,
-        hairpin: bool | None = None,
-    ) -> None:
-        """What was found out with sockets of its own; None leaves it as it is."""
+    def note_lifetime(self, lifetime_s: float | None) -> None:
+        """How long a silent binding lives, of either family: what is learned by one serves for both."""
+        for family in self._families.values():
+            family.lifetime_s = lifetime_s
+
+    def note_sight(self, ipv6: bool, filtering: Filtering, hairpin: bool | None) -> None:
+        """What sockets of their own found out."""
         family = self._families[ipv6]
-        family.filtering = family.filtering if filtering is None else filtering
-        family.lifetime_s = family.lifetime_s if lifetime_s is None else lifetime_s
-        family.hairpin = family.hairpin if hairpin is None else hairpin
+        family.filtering, family.hairpin = filtering, hairpin
 
     def note_sample(self, inner: int, at: Endpoint, outer: Endpoint) -> None:
         """The hub at `at` sees another socket of ours, of port `inner`, at `outer`."""

@@ -109,6 +109,10 @@ class SimUnderlay:
             for address in interface.addresses
         ]
 
+    def gateways(self) -> Sequence[str]:
+        routers = [interface.segment.gateway for interface in self._host.interfaces if interface.is_up]
+        return [router.hosts[0] for router in routers if router is not None and router.hosts]
+
     def change(self) -> None:
         """Links or addresses of the host are other than before."""
         if not self._closed:

@@ -224,7 +224,7 @@ def ruin(path: Path, damage: str) -> None:
 
 
 def test_without_a_daemon_commands_that_ask_it_say_how_to_start_it(machine):
-    for arguments in (["status"], ["peers"], ["ping", "x"], ["forget", "x"], ["events"], ["invite", "x"]):
+    for arguments in (["status"], ["peers"], ["ping", "x"], ["forget", "x"], ["events"], ["netcheck"], ["invite", "x"]):
         refused(machine.run(*arguments), Fault.NOT_RUNNING, "p2pvpn up")
     outcome = machine.ok("down")
     assert outcome.out == "p2pvpn was not up\n"

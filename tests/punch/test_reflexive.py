@@ -253,11 +253,11 @@ class TestBehaviour:
 
     def test_what_other_means_found_out_is_part_of_it_until_the_network_changes(self) -> None:
         world = World("restricted", 2)
-        world.probe.note(filtering=Filtering.ADDRESS_DEPENDENT, lifetime_s=120.0)
-        world.probe.note(hairpin=True)
+        world.probe.note_lifetime(120.0)
+        world.probe.note_sight(False, Filtering.ADDRESS_DEPENDENT, True)
         found = world.behaviour()
         assert (found.filtering, found.lifetime_s, found.hairpin) == (Filtering.ADDRESS_DEPENDENT, 120.0, True)
-        assert world.probe.behaviour(ipv6=True) == NatBehaviour()
+        assert world.probe.behaviour(ipv6=True) == NatBehaviour(lifetime_s=120.0)
         world.probe.forget()
         assert world.probe.behaviour().filtering is Filtering.UNKNOWN
 
