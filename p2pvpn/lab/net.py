@@ -276,6 +276,23 @@ class Lab:
         peer.ip(f"addr add {subnet[2]}/{subnet.prefixlen} dev eth0\nroute add default via {subnet[1]}")
         return Home(peer, router, public, str(subnet[2]))
 
+    def neighbour(self, home: Home, name: str) -> Node:
+        """One more host on the home's LAN, the next address up; the router's end of it becomes a bridge."""
+        inside = ipaddress.IPv4Interface(f"{home.inside}/24")
+        router = home.router
+        if "lans" not in router.run(["ip", "-brief", "link"]).stdout.split():
+            gateway = f"{inside.network[1]}/24"
+            router.ip(
+                f"link add lans type bridge\nlink set lans up\nlink set lan master lans\n"
+                f"addr del {gateway} dev lan\naddr add {gateway} dev lans"
+            )
+        node = self.node(name)
+        number = sum(hop.node is router and hop.interface.startswith("lan") for hop in self.hops) + 1
+        self.link(node, "eth0", router, f"lan{number}")
+        router.ip(f"link set lan{number} master lans")
+        node.ip(f"addr add {inside.ip + number - 1}/24 dev eth0\nroute add default via {inside.network[1]}")
+        return node
+
     def _attach(self, node: Node, addresses: Sequence[str], delay_s: float) -> None:
         device = _device(node)
         self.link(node, "wan", self.internet, device, delay_s=delay_s)

@@ -115,6 +115,10 @@ class Stage:
         for name, home in self.homes.items():
             self._names |= {home.public: name, home.inside: name}
 
+    def neighbour(self, home: Home, name: str) -> Node:
+        """One more machine on that home's LAN."""
+        return self._equip(self.lab.neighbour(home, name))
+
     def _equip(self, node: Node) -> Node:
         home = self.root / node.name
         node.environment |= {

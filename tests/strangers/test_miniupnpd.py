@@ -22,6 +22,7 @@ from p2pvpn.lab.stage import Stage
 from p2pvpn.punch.portmap import pcp
 from p2pvpn.punch.portmap.client import GatewayClient
 from p2pvpn.punch.portmap.mapping import MapProtocol
+from tests.lab.meeting import found_network, join
 
 from .miniupnpd import PUBLIC, miniupnpd
 
@@ -158,19 +159,11 @@ def meeting(lab: Lab, directory: Path, nats: dict[str, NatKind]) -> Iterator[Sta
     """A network with one hub, whose peers' routers map ports by PCP."""
     publics = {name: PUBLIC.format(number) for number, name in enumerate(nats, start=1)}
     stage = Stage(lab, directory, hubs=1, nats=nats, rtt_ms=10, plane="user", publics=publics, port_mapping=True)
-    secret = directory / "passphrase"
-    secret.touch(0o600)
-    secret.write_text(os.urandom(16).hex())
-    passphrase = ("--passphrase-file", str(secret))
-    stage.cli(stage.admin, "network", "create", "home", *passphrase)
-    (hub,) = stage.hubs
-    request = stage.line(hub, "request")
-    granted = ("--name", str(hub), "--hub", "192.0.2.1", "--issuer", *passphrase)
-    stage.cli(hub, "join", stage.line(stage.admin, "grant", request, *granted))
+    found_network(stage, directory)
     with ExitStack() as stack:
-        for name, home in stage.homes.items():
+        for home in stage.homes.values():
             stack.enter_context(miniupnpd(home, directory))
-            stage.cli(home.peer, "join", str(stage.ask(hub, "invite", name)["token"]))
+            join(stage, home.peer)
         yield stage
 
 
