@@ -46,8 +46,8 @@ class Round:
     """Of packets lost since then: which, and when they were sent, in seconds after both ends were direct."""
 
 
-def connect(lab: Lab, stage: Stage) -> dict[str, str]:
-    """Make the network, let both peers join and meet directly; their overlay addresses."""
+def connect(lab: Lab, stage: Stage, path: str = "direct") -> dict[str, str]:
+    """Make the network, let both peers join and meet on this path; their overlay addresses."""
     secret = stage.root / "passphrase"
     secret.write_text(os.urandom(16).hex())
     passphrase = ("--passphrase-file", str(secret))
@@ -61,7 +61,7 @@ def connect(lab: Lab, stage: Stage) -> dict[str, str]:
             stage.ask(home.peer, "join", str(stage.ask(stage.hubs[0], "invite", name)["token"]))["overlay"]
         )
     stage.wait("an answer", lambda: bool(stage.a.ping(overlay["b"])), 30.0, lambda: "none", stage.a, stage.b)
-    _await_path(stage, "direct", UPGRADE_S)
+    _await_path(stage, path, UPGRADE_S)
     return overlay
 
 

@@ -67,19 +67,6 @@ def test_two_symmetric_nats_stay_relayed_and_working(tmp_path: Path) -> None:
 
 
 @pytest.mark.netns
-@pytest.mark.slow
-@pytest.mark.timeout(180)
-def test_where_udp_is_blocked_everything_goes_over_tcp(tmp_path: Path) -> None:
-    done, figures = demo(tmp_path / "result.json", "--nat-a", "udp-blocked")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert (figures["path_at_first_ping"], figures["path"]) == ("relayed", "relayed")
-    assert figures["over"] == {"a": "tcp", "b": "udp"}
-    assert figures["stream_tcp"] > 0
-    assert figures["hub_killed"]["new_connection_ok"] is True
-    assert figures["on_the_wire"]["other_udp"] == 0
-
-
-@pytest.mark.netns
 @pytest.mark.timeout(120)
 def test_a_step_that_fails_is_told_and_is_the_exit_status(tmp_path: Path) -> None:
     programs = tmp_path / "bin"
