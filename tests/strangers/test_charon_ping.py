@@ -81,7 +81,7 @@ def test_chacha20_is_understood_by_both(charon: Charon, gateway: Gateway) -> Non
         assert_pings_both_ways(charon, gateway)
 
 
-@pytest.mark.parametrize("esp", ["aes256-sha256", "aes256-sha384", "aes256-sha512", "aes128-sha256"])
+@pytest.mark.parametrize("esp", ["aes256-sha512", "aes128-sha256"])
 def test_a_client_with_cbc_and_hmac_begins_and_pings(charon: Charon, gateway: Gateway, esp: str) -> None:
     ike = "aes256-sha256-prfsha256-modp2048"
     with charon.running(connection(proposals=ike, esp=esp)):
