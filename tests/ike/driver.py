@@ -17,6 +17,8 @@ from p2pvpn.ike.endpoint import IkeEndpoint
 from p2pvpn.lab.net import Node
 
 PORT = 4500
+PLAIN_PORT = 500
+"""Where IKE has no marker in front (RFC 7296 section 2.23)."""
 
 
 class Driver:
@@ -24,11 +26,11 @@ class Driver:
 
     def __init__(self, node: Node, addresses: Iterable[str], credentials: Iterable[Credential], **settings) -> None:
         self.sockets: dict[Endpoint, socket.socket] = {}
-        for address in addresses:
+        for address, port in itertools.product(addresses, (PORT, PLAIN_PORT)):
             sock = node.socket()
-            sock.bind((address, PORT))
+            sock.bind((address, port))
             sock.setblocking(False)
-            self.sockets[Endpoint.of(address, PORT)] = sock
+            self.sockets[Endpoint.of(address, port)] = sock
         children, spis = itertools.count(1), itertools.count(1)
         self.ike = IkeEndpoint(
             IkeSettings(**settings), os.urandom, lambda: next(children), lambda: SPI_MARK | next(spis)
@@ -62,7 +64,8 @@ class Driver:
         for one in outputs:
             self.log.append(one)
             if isinstance(one, Transmit) and not self.lose(one.data):
-                self.sockets[one.path.local].sendto(NON_ESP_MARKER + one.data, tuple(one.path.remote))
+                marker = b"" if one.path.local.port == PLAIN_PORT else NON_ESP_MARKER
+                self.sockets[one.path.local].sendto(marker + one.data, tuple(one.path.remote))
 
     def events(self, kind: type = Event) -> list:
         return [one for one in self.log if isinstance(one, kind)]
@@ -83,8 +86,10 @@ class Driver:
 
     def _read(self, local: Endpoint, sock: socket.socket) -> None:
         data, source = sock.recvfrom(65535)
-        if classify(data) is not Kind.IKE:
-            self.other.append(data)
-            return
+        if local.port == PORT:
+            if classify(data) is not Kind.IKE:
+                self.other.append(data)
+                return
+            data = data[len(NON_ESP_MARKER) :]
         path = Path(local, Endpoint.of(*source[:2]))
-        self.execute(self.ike.handle(path, data[len(NON_ESP_MARKER) :], self.now))
+        self.execute(self.ike.handle(path, data, self.now))

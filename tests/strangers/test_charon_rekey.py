@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from p2pvpn.core.address import Endpoint
 from p2pvpn.core.child import EspSuite
 from p2pvpn.core.secret import Secret
 from p2pvpn.crypto.kex import KexMethod
 from p2pvpn.ike.lease import Lease
 from p2pvpn.ike.outputs import ChildAdded, ChildRekeyed, SaClosed, SaEstablished, SaRekeyed
 from p2pvpn.lab.net import Lab
+from tests.ike.driver import PORT
 from tests.ike.people import credential
 from tests.ike.test_stranger import (
     BLOCKS,
@@ -201,7 +203,7 @@ def test_charon_mixes_a_postquantum_preshared_key(scene: Scene) -> None:
 
 
 def test_charon_follows_where_we_send_it(scene: Scene) -> None:
-    """RFC 5685: it begins anew at port 500 of our other address, where nobody listens here."""
+    """RFC 5685: it begins anew at port 500 of our other address, and goes on at 4500."""
     target = ipaddress.ip_address(OURS_TOO)
 
     def redirect(path):
@@ -209,10 +211,14 @@ def test_charon_follows_where_we_send_it(scene: Scene) -> None:
 
     with scene.charon.running(connection()), scene.driver(ours(), redirect=redirect) as us:
         running = scene.charon.initiate("net")
-        us.run(lambda: f"to {OURS_TOO}[500]" in scene.charon.log)
-        assert f"redirected to {OURS_TOO}" in scene.charon.log
+        us.run(lambda: bool(us.events(SaEstablished)))
         us.run(lambda: running.poll() is not None, 30)
         running.communicate()
+        assert f"to {OURS_TOO}[500]" in scene.charon.log
+        assert f"redirected to {OURS_TOO}" in scene.charon.log
+        (up,) = us.events(SaEstablished)
+        assert up.path.local == Endpoint(OURS_TOO, PORT)
+        assert_mated(us, scene.charon, up.sa)
 
 
 @pytest.mark.parametrize("who", ["we", "charon"])
