@@ -1,4 +1,4 @@
-"""IKE and ESP in a TCP stream (RFC 9329 section 3), sans-IO.
+"""IKE and ESP in a TCP stream (RFC 9329 sections 3 and 4), sans-IO.
 
     stream      "IKETCP", frame, frame, ...             to IKE and ESP of the other end
                 "P2PRLY", port (2 bytes), frame, ...    to one of its relay ports: ours, not the RFC's

@@ -1,4 +1,4 @@
-"""RFC 9329 section 3: datagrams in a stream, however it is cut."""
+"""RFC 9329 sections 3 and 4: datagrams in a stream, however it is cut."""
 
 from __future__ import annotations
 
