@@ -150,6 +150,9 @@ class PortMapper:
                     continue
                 self._lines[key] = line
             line.pump.feed(line.client.start(line.pump.now))
+            if line.upnp is not None and line.igd is not None and line.igd.mapping is None:
+                line.upnp.cancel()  # It failed in the former network, and rests.
+                line.upnp = None
             self._start_upnp(line)
 
     def _looked(self, task: asyncio.Task[None]) -> None:
@@ -168,7 +171,7 @@ class PortMapper:
         try:
             sock.setblocking(False)
             sock.bind((host, 0))
-            sock.connect((gateway.host, pcp.PORT))
+            sock.connect(_sockaddr(gateway))
         except OSError:
             sock.close()
             return None  # The address went; the next change tells.
@@ -276,6 +279,12 @@ def _announcements(family: int) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+def _sockaddr(gateway: Gateway) -> tuple[str | int, ...]:
+    """With the zone as a number, which is how the socket module wants it. Raises OSError when the link is gone."""
+    host, _, zone = gateway.host.partition("%")
+    return (host, pcp.PORT, 0, socket.if_nametoindex(zone)) if zone else (host, pcp.PORT)
 
 
 def _ways(gateways: Sequence[Gateway], addresses: Sequence[LocalAddress]) -> list[tuple[Gateway, str]]:

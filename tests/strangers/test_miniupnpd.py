@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -152,6 +154,73 @@ def test_the_machine_finds_its_router_and_asks_again_when_its_network_changes(ho
     with miniupnpd(home, tmp_path), home.peer.inside():
         asyncio.run(story())
     assert "dnat to 192.168.1.7" not in home.router.run(["nft", "list", "ruleset"]).stdout
+
+
+FIREWALL_V6 = """
+table inet filter {
+  chain forward {
+    type filter hook forward priority 0;
+    jump miniupnpd
+    iifname "wan" meta nfproto ipv6 drop
+  }
+}
+"""
+"""As homes have it (RFC 6092), here without state: nothing comes in but by a pinhole."""
+
+
+def link_local(node: Node, device: str) -> str:
+    words = node.run(["ip", "-6", "addr", "show", device]).stdout.split()
+    return next(word for word in words if word.startswith("fe80")).partition("/")[0]
+
+
+def test_pcp_opens_the_ipv6_firewall_for_us_and_closes_it_at_the_end(lab: Lab, home: Home, tmp_path: Path) -> None:
+    inside = "2001:db8:1::2"
+    here, there = f"to-{home.router}", "to-far"
+    far = lab.public("far")
+    far.ip("addr add 2001:db8:f::9/64 dev wan nodad")
+    home.router.ip("addr add 2001:db8:1::1/64 dev lan nodad")
+    home.peer.ip(
+        f"addr add {inside}/64 dev eth0 nodad\nroute add default via {link_local(home.router, 'lan')} dev eth0"
+    )
+    lab.internet.ip(
+        f"route add 2001:db8:1::/64 via {link_local(home.router, 'wan')} dev {here}\n"
+        f"route add 2001:db8:f::/64 via {link_local(far, 'wan')} dev {there}"
+    )
+    far.ip(f"route add default via {link_local(lab.internet, there)} dev wan")
+
+    async def story() -> list[bool]:
+        netlink = await Netlink.open()
+        mapper = PortMapper(netlink)
+        changed = asyncio.Event()
+        mapper.on_change = changed.set
+        before = comes_in()
+        mapper.start(4500)
+        async with asyncio.timeout(10):
+            while not any(mapping.internal.is_ipv6 for mapping in mapper.mappings()):
+                await changed.wait()
+                changed.clear()
+        while_open = comes_in()
+        await mapper.close()
+        netlink.close()
+        return [before, while_open]
+
+    def comes_in() -> bool:
+        with home.peer.socket(socket.AF_INET6) as ours, far.socket(socket.AF_INET6) as theirs:
+            ours.bind((inside, 4500))
+            ours.settimeout(ANSWER_S)
+            theirs.sendto(b"hello", (inside, 4500))
+            try:
+                return ours.recv(100) == b"hello"
+            except TimeoutError:
+                return False
+
+    with miniupnpd(home, tmp_path):
+        home.router.nft(FIREWALL_V6)
+        with home.peer.inside():
+            assert asyncio.run(story()) == [False, True]
+        deadline = time.monotonic() + 5
+        while comes_in():
+            assert time.monotonic() < deadline, "closed at the end"
 
 
 @contextmanager
