@@ -377,7 +377,9 @@ class Demo:
             if self.expected is True:
                 stage.wait("the direct path", direct, UPGRADE_S, self._paths, stage.a, stage.b)
                 return True
-            time.sleep(STAYS_RELAYED_S)
+            deadline = time.monotonic() + (STAYS_RELAYED_S if self.expected is False else UPGRADE_S)
+            while time.monotonic() < deadline and not (self.expected is None and direct()):
+                time.sleep(0.25)
         found = direct()
         if self.expected is False and found:
             raise Seen("these NATs to leave no direct path", self._paths())

@@ -93,3 +93,21 @@ def test_only_where_ports_do_not_matter_must_a_symmetric_nat_be_passed() -> None
     assert direct_possible(NatKind.SYMMETRIC, NatKind.RESTRICTED) is True
     assert direct_possible(NatKind.SYMMETRIC, NatKind.PORT_RESTRICTED) is None
     assert direct_possible(NatKind.SYMMETRIC, NatKind.SYMMETRIC) is False
+
+
+@pytest.mark.netns
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_a_random_nat_is_passed_by_the_birthday_method_and_loses_nothing(tmp_path: Path) -> None:
+    """On a real kernel's fully random masquerade. One run in fifty does not meet, so there are two."""
+    for _ in range(2):
+        options = ("--nat-a", "symmetric", "--nat-b", "port-restricted", "--hubs", "2", "--plane", "user")
+        done, figures = demo(tmp_path / "result.json", *options)
+        assert done.returncode == 0, done.stdout + done.stderr
+        if figures["path"] == "direct":
+            break
+    assert (figures["path_at_first_ping"], figures["path"]) == ("relayed", "direct")
+    assert figures["lost_during_upgrade"] == 0
+    assert figures["direct_ms"] < 20_000
+    assert figures["rtt_ms"]["relayed"] >= 3 * figures["rtt_ms"]["direct"]
+    assert figures["on_the_wire"]["other_udp"] == 0
