@@ -155,7 +155,8 @@ class Network:
     async def whereabouts(self, overlay: IPv6Address) -> Mapping[IpAddress, frozenset[bytes]]:
         """Where hubs see a peer's tunnel come from, and which hubs. Raises ConnectError."""
         locator = await self.directory.locator(overlay)
-        return await whereabouts.ask(self.rpc, self.attachments.connected(), locator.peer_id, locator.hubs)
+        hubs, certificate = self.attachments.connected(), self.me.certificate
+        return await whereabouts.ask(self.rpc, hubs, locator.peer_id, locator.hubs, certificate)
 
     def public_endpoints(self) -> tuple[Endpoint, ...]:
         return self._place.public_endpoints()

@@ -1,10 +1,11 @@
 """What hubs say of where a peer's tunnel comes from: the word of two of them lets guesses go there.
 
-    peer -> hub   where [target, witness]   -> [address]     empty when that hub has no tunnel of the target
-    hub  -> hub   where [target, witness]   -> [address]
+    peer -> hub   where [target, witness, the asker's certificate]   -> address    none without a tunnel of the target
+    hub  -> hub   the same
 
 The witness is the hub whose own sight is asked for; another hub that is asked asks it. So a peer that is attached to
 only one hub of the target has two words all the same, and `witnesses` takes care that no single hub has a part in both.
+The witness judges by the certificate whether the document lets the asker talk to the target.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from collections.abc import Sequence
 from ipaddress import IPv6Address
 
 from p2pvpn.core.address import IpAddress
-from p2pvpn.core.errors import P2pvpnError, WireError
+from p2pvpn.core.errors import P2pvpnError, TrustError, WireError
 from p2pvpn.core.ids import PEER_ID_BYTES, PeerId
 from p2pvpn.dht.rpc import Code, RpcNode, RpcRefusedError
+from p2pvpn.identity.member import Member
 
 from .attach import Hub
-from .calls import decode_address_untrusted, encode_address
+from .calls import MAX_CERTIFICATE_BYTES, decode_address_untrusted, encode_address
 from .hubside import Registry
 
 WHERE = "where"
@@ -36,11 +38,13 @@ def witnesses(attached: Sequence[Hub], of_target: Sequence[PeerId]) -> list[tupl
 
 
 async def ask(
-    rpc: RpcNode, attached: Sequence[Hub], target: PeerId, of_target: Sequence[PeerId]
+    rpc: RpcNode, attached: Sequence[Hub], target: PeerId, of_target: Sequence[PeerId], certificate: bytes
 ) -> dict[IpAddress, frozenset[bytes]]:
     """Addresses of the target and the witnesses for each."""
     asked = witnesses(attached, of_target)
-    words = await asyncio.gather(*(_ask_one(rpc, hub.overlay, target, witness) for hub, witness in asked))
+    words = await asyncio.gather(
+        *(_ask_one(rpc, hub.overlay, [bytes(target), bytes(witness), certificate]) for hub, witness in asked)
+    )
     found: dict[IpAddress, frozenset[bytes]] = {}
     for (_, witness), word in zip(asked, words, strict=True):
         if word is not None:
@@ -48,9 +52,9 @@ async def ask(
     return found
 
 
-async def _ask_one(rpc: RpcNode, hub: IPv6Address, target: PeerId, witness: PeerId) -> IpAddress | None:
+async def _ask_one(rpc: RpcNode, hub: IPv6Address, question: list[object]) -> IpAddress | None:
     try:
-        answer = await rpc.request(hub, WHERE, [bytes(target), bytes(witness)], timeout=WHERE_TIMEOUT_S)
+        answer = await rpc.request(hub, WHERE, question, timeout=WHERE_TIMEOUT_S)
         return decode_address_untrusted(answer)
     except P2pvpnError:
         return None
@@ -65,35 +69,46 @@ class Whereabouts:
         rpc.register(WHERE, self._on_where)
 
     async def _on_where(self, sender: IPv6Address, args: object) -> bytes:
-        target, witness = _decode_untrusted(args)
+        target, witness, certificate = _decode_untrusted(args)
         registry = self._registry
         standing = registry.standing
-        overlay = standing.overlay_of(target)
-        if not registry.is_hub(sender):
-            self._judge(sender, overlay)
+        asker = self._verify(certificate)
+        if asker.overlay != sender and not registry.is_hub(sender):
+            raise RpcRefusedError(Code.APPLICATION, "the certificate is not the asker's")
         if witness == standing.me.peer_id:
-            return encode_address(registry.outer_address(overlay))
+            return self._testify(asker, standing.overlay_of(target))
         hub = standing.overlay_of(witness)
         if registry.is_hub(sender) or not registry.is_hub(hub):
             return b""
+        question = [bytes(target), bytes(witness), certificate]
         try:
-            answer = await self._rpc.request(hub, WHERE, [bytes(target), bytes(witness)], timeout=FORWARD_TIMEOUT_S)
+            answer = await self._rpc.request(hub, WHERE, question, timeout=FORWARD_TIMEOUT_S)
             return encode_address(decode_address_untrusted(answer))
         except P2pvpnError:
             return b""
 
-    def _judge(self, sender: IPv6Address, target: IPv6Address) -> None:
-        """Refuses pairs that the document forbids; of a target that we do not know its own hub judges."""
-        directory, document = self._registry.directory, self._registry.standing.document
-        asker, member = directory.member(sender), directory.member(target)
-        if asker is None or (member is not None and not document.allows(asker, member)):
+    def _testify(self, asker: Member, target: IPv6Address) -> bytes:
+        """What we see ourselves, for whom the document lets talk to the target."""
+        registry = self._registry
+        member = registry.directory.member(target)
+        if member is None or not registry.standing.document.allows(asker, member):
             raise RpcRefusedError(Code.APPLICATION, "the network document does not let the two talk")
+        return encode_address(registry.outer_address(target))
+
+    def _verify(self, certificate: bytes) -> Member:
+        try:
+            return self._registry.standing.verify(certificate)
+        except TrustError as problem:
+            raise RpcRefusedError(Code.APPLICATION, str(problem)) from None
 
 
-def _decode_untrusted(args: object) -> tuple[PeerId, PeerId]:
-    if not isinstance(args, list | tuple) or len(args) != 2:
-        raise WireError("expected two fields")
-    for field in args:
+def _decode_untrusted(args: object) -> tuple[PeerId, PeerId, bytes]:
+    if not isinstance(args, list | tuple) or len(args) != 3:
+        raise WireError("expected three fields")
+    target, witness, certificate = args
+    for field in (target, witness):
         if not isinstance(field, bytes) or len(field) != PEER_ID_BYTES:
             raise WireError("a peer ID has 20 bytes")
-    return PeerId(args[0]), PeerId(args[1])
+    if not isinstance(certificate, bytes) or len(certificate) > MAX_CERTIFICATE_BYTES:
+        raise WireError("a certificate of too many bytes")
+    return PeerId(target), PeerId(witness), certificate

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from ipaddress import ip_address
 
 import pytest
 
+from p2pvpn.core.errors import P2pvpnError
 from p2pvpn.core.ids import PeerId
+from p2pvpn.dht.rpc import RpcRefusedError
 from p2pvpn.mesh.attach import Hub
 from p2pvpn.mesh.events import Guessed
 from p2pvpn.mesh.hardnat import HardNat
 from p2pvpn.mesh.tuning import Tuning
-from p2pvpn.mesh.whereabouts import witnesses
+from p2pvpn.mesh.whereabouts import WHERE, witnesses
 from p2pvpn.sim.application import Pinger
 from p2pvpn.sim.nat import NatKind
 from p2pvpn.sim.world import Machine
@@ -180,3 +183,31 @@ def test_no_hub_has_a_part_in_two_words() -> None:
     assert witnesses([hubs[one], hubs[three]], [one, two]) == [(hubs[one], one), (hubs[three], two)]
     assert witnesses([hubs[three], hubs[four]], [one, two]) == [(hubs[three], one), (hubs[four], two)]
     assert witnesses([hubs[one]], [one, two]) == [(hubs[one], one)]
+
+
+def test_two_hubs_say_where_a_peer_is_and_none_to_whom_the_document_does_not_let_talk() -> None:
+    life = Life(48)
+
+    async def story() -> None:
+        network, target = life.network(life.a), life.b.profile.member
+        address = ip_address(life.homes["b"].router.outside.host(ipv6=False) or "")
+        words = await network.whereabouts(target.overlay)
+        assert set(words) == {address}
+        assert len(words[address]) == 2
+        (hub, other) = network.attachments.connected()
+        question = [bytes(target.peer_id), bytes(hub.peer_id)]
+        for certificate in (life.b.profile.member.certificate, b"garbage"):
+            with pytest.raises(RpcRefusedError):
+                await network.rpc.request(hub.overlay, WHERE, [*question, certificate])
+        for args in ([], [b"", b"", b""], [*question, b"x" * 2000], "where"):
+            with pytest.raises(P2pvpnError):
+                await network.rpc.request(hub.overlay, WHERE, args)
+        nobody = [bytes(target.peer_id), bytes(20), network.me.certificate]
+        assert await network.rpc.request(hub.overlay, WHERE, nobody) == b""
+        other_sight = [bytes(target.peer_id), bytes(other.peer_id), network.me.certificate]
+        assert await network.rpc.request(hub.overlay, WHERE, other_sight) == address.packed
+        stranger = [bytes(20), bytes(hub.peer_id), network.me.certificate]
+        with pytest.raises(RpcRefusedError, match="does not let"):
+            await network.rpc.request(hub.overlay, WHERE, stranger)
+
+    life.run(story())
