@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 CORES := p2pvpn/core/*,p2pvpn/crypto/*,p2pvpn/identity/*,p2pvpn/dht/*,p2pvpn/punch/*,p2pvpn/ike/*,p2pvpn/esp/*,p2pvpn/relay/*
 
-.PHONY: help demo test check lint unit coverage bench bench-ike fuzz schedules sim nat-grid hard-nat upgrades bad-input flood planes tcp-speed fresh clean
+.PHONY: help demo test check lint unit coverage bench bench-ike fuzz schedules sim nat-grid hard-nat upgrades bad-input flood planes tcp-speed idle-cost fresh clean
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -70,6 +70,9 @@ flood: $(VENV)/.test ## 20,000 spoofed IKE_SA_INITs a second at a hub, and three
 
 tcp-speed: $(VENV)/.test ## relayed throughput, over UDP and where UDP is blocked
 	$(BIN)/python -m tools.tcp_speed $(ARGS)
+
+idle-cost: $(VENV)/.test ## packets and CPU time of a peer that is idle: ARGS="--minutes 10 --json out.json"
+	@$(BIN)/python -m tools.idle_cost $(ARGS)
 
 planes: $(VENV)/.test ## the kernel plane in User-Mode Linux: the shared suite, strongSwan, kill -9, a network, the demo
 	$(BIN)/pytest tests/planes/test_in_uml.py tests/planes/test_network.py $(ARGS)
