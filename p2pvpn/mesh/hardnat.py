@@ -193,6 +193,8 @@ class HardNat:
 
     def ended(self, sa: LiveSa) -> None:
         """The SA has no agent any more."""
+        if self._kept:
+            asyncio.get_running_loop().call_later(LINGER_S + 0.1, self._close_unused)
         if self._run is not None and sa is self._run_sa:
             self._run.cancel()
 
@@ -265,7 +267,8 @@ class HardNat:
     def _asked(self, sa: LiveSa, notice: RunNotice) -> None:
         """The peer wants a run."""
         wanted = Part.OPEN if notice.step is Step.WANT else Part.MEET
-        if self._run is not None or self._services.guessing.locked() or self._part() is not wanted:
+        busy = self._run is not None or self._services.guessing.locked() or self._part() is not wanted
+        if busy or not self._backoff.allows(self._services.now):
             self._tell(sa, Step.BUSY, notice.run)
         elif sa.agent is None or sa.agent.selected is not None:
             return

@@ -12,7 +12,15 @@ import pytest
 from p2pvpn.core.address import Endpoint, Path
 from p2pvpn.core.datagram import Kind, classify, is_first_message
 from p2pvpn.core.errors import LocalError
-from p2pvpn.host.udp import ancillary, local_address, open_port, path_mtu, received
+from p2pvpn.host.udp import (
+    ancillary,
+    local_address,
+    open_esp_beside,
+    open_extra,
+    open_port,
+    path_mtu,
+    received,
+)
 
 from .peers import PUBLIC, Peer, link
 
@@ -42,6 +50,25 @@ def arrivals(pair):
         while select.select([sock], [], [], 0)[0]:
             out[name].append(sock.recv(65535))
     return out
+
+
+def test_further_ports_are_all_different_and_sort_esp_out_once_the_plane_asks(node):
+    opened = [open_extra() for _ in range(300)]
+    assert len({sock.getsockname()[1] for sock in opened}) == 300
+    control = opened[0]
+    target = ("127.0.0.1", control.getsockname()[1])
+    esp, stun, ike = b"\xc0" + bytes(40), b"\x00\x01" + bytes(18), bytes(44)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        for data in (esp, stun):
+            sender.sendto(data, target)
+        assert [control.recv(100) for _ in range(2)] == [esp, stun]
+        plane = open_esp_beside(control)
+        for data in (esp, stun, ike) * 20:
+            sender.sendto(data, target)
+    assert [plane.recv(100) for _ in range(20)] == [esp] * 20
+    assert [control.recv(100) for _ in range(40)] == [stun, ike] * 20
+    for sock in (*opened, plane):
+        sock.close()
 
 
 @pytest.mark.parametrize("family", LOOPBACK)

@@ -95,6 +95,9 @@ def test_nothing_is_lost_meanwhile_and_one_extra_socket_stays(nat_a: str, nat_b:
         await asyncio.sleep(60)
         assert life.path(life.a, life.b) == "direct"
         assert (await life.ping(life.b, life.a)).lost == []
+        await asyncio.sleep(320)  # nobody talks, the SA is taken down
+        assert life.path(life.a, life.b) is None
+        assert hard.host.underlay.extra_ports == set()
 
     life.run(story())
 
