@@ -108,7 +108,7 @@ class Daemon:
             underlay=self.underlay,
             plane=self.plane,
             forwarder=forwarder,
-            streams=streams,
+            streams=streams if self.plane.takes_streams else None,
             resolver=SystemResolver(),
             entropy=os.urandom,
             wall=time.time,

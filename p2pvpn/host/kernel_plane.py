@@ -12,6 +12,9 @@ A policy that must accept several SAs names them as optional templates, and then
 too. Plaintext is therefore kept out by the guard, which looks for the mark of decryption, and where one SA stands, as
 nearly always, also by its policy. Encrypting, replay windows and path MTUs are the kernel's.
 
+What comes in by the loopback device, as ESP of streams does (`host.streams`), the kernel lets pass by the policies: the
+plane turns that off (`net.ipv4.conf.lo.disable_policy`), or such a peer could speak in anybody's name.
+
 A daemon that is killed leaves SAs and policies behind, and no way in the clear: the wide block policies, the guard's
 rules and routes that lead nowhere stand with them. The next start removes what is marked as ours.
 """
@@ -56,6 +59,7 @@ from .xfrm import (
 
 log = logging.getLogger(__name__)
 
+LOOPBACK_POLICY = FilePath("/proc/sys/net/ipv4/conf/lo/disable_policy")
 LOOK_PAUSE_S = 1.0
 """Between looks whether the policies of SAs in use still stand."""
 
@@ -93,6 +97,7 @@ class KernelPlane:
         self._guard = guard
         self._loop = asyncio.get_running_loop()
         self._kernel: Xfrm | None = None
+        self._former_loopback: str | None = None
         self._events: XfrmEvents | None = None
         self._reinjector: Reinjector | None = None
         self._networks: dict[str, _Network] = {}
@@ -122,6 +127,7 @@ class KernelPlane:
             raise
         if left:
             log.info("removed %d SAs and policies that a former daemon left", left)
+        self._former_loopback = self._ask_policies_on_loopback()
         self._kernel = kernel
         self._events = XfrmEvents(self._on_mapping, self._on_expired)
         self._netlink.watch(self._on_network_change)
@@ -137,10 +143,32 @@ class KernelPlane:
             with contextlib.suppress(OSError):  # closed before us
                 sock.setsockopt(socket.IPPROTO_UDP, _UDP_ENCAP, struct.pack("=i", 0))
         assert self._events is not None and self._reinjector is not None  # noqa: PT018 (set together with the kernel)
+        self._leave_loopback()
         self._events.close()
         self._reinjector.close()
         self._kernel.close()
         self._kernel = self._events = self._reinjector = None
+
+    @property
+    def takes_streams(self) -> bool:
+        """Whether ESP may come in by the loopback device: where its policies are not asked, it must not."""
+        return self._former_loopback is not None
+
+    def _ask_policies_on_loopback(self) -> str | None:
+        """Returns what stood there before, or None when it cannot be changed."""
+        try:
+            former = LOOPBACK_POLICY.read_text()
+            if former.strip() != "0":
+                LOOPBACK_POLICY.write_text("0")
+        except OSError as problem:
+            log.warning("no TCP where UDP is blocked: %s cannot be changed (%s)", LOOPBACK_POLICY, problem.strerror)
+            return None
+        return former
+
+    def _leave_loopback(self) -> None:
+        if self._former_loopback is not None:
+            with contextlib.suppress(OSError):
+                LOOPBACK_POLICY.write_text(self._former_loopback)
 
     @property
     def worker_pid(self) -> int | None:

@@ -133,6 +133,11 @@ class UserPlane:
         self._devices.clear()
 
     @property
+    def takes_streams(self) -> bool:
+        """Whether ESP may come in by the loopback device."""
+        return True
+
+    @property
     def worker_pid(self) -> int | None:
         """The worker's process, while there is one."""
         return self._process.pid if self._process is not None else None

@@ -7,12 +7,14 @@ import fcntl
 import socket
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
 from p2pvpn.core.address import Endpoint, Path
 from p2pvpn.core.child import EspSuite
-from tests.host.peers import INNER, PUBLIC, Refusal, children
+from p2pvpn.esp.packet import Sealer
+from tests.host.peers import INNER, PUBLIC, Refusal, children, encode_child
 from tests.host.test_user_plane import bound, spoof
 
 from .conftest import one_machine
@@ -232,12 +234,6 @@ def test_a_source_left_to_routing_follows_the_routes(wire):
     assert ping(wire.a.node, INNER["b"][0])
 
 
-def replace(child, **changes):
-    import dataclasses
-
-    return dataclasses.replace(child, **changes)
-
-
 @pytest.fixture
 def translated(wire):
     """a behind a NAT whose public port and address can be changed: `translated(address, port)`; flushes its memory."""
@@ -298,8 +294,8 @@ def test_plaintext_from_the_wire_is_dropped_with_no_sa_one_or_two(wire, inner):
                 sender.node.ip(f"route del {target}")
 
 
-def smuggle(node, victim, source, target, payload):
-    """Put an IP packet on the wire to the victim beside all policies of the sender, by packet socket."""
+def datagram(source, target, payload):
+    """A UDP datagram to port 7000 as an IP packet; its ethertype and its number as a next header."""
     from p2pvpn.core.address import normal_ip
     from tests.esp.packets import ipv4, ipv6, ones_complement
 
@@ -308,9 +304,13 @@ def smuggle(node, victim, source, target, payload):
         empty = ipv6(source, target, header + b"\0\0" + payload)
         pseudo = empty[8:40] + empty[4:6] + b"\0\x11"
         checksum = 0xFFFF - ones_complement(pseudo + empty[40:])
-        packet, protocol = ipv6(source, target, header + checksum.to_bytes(2, "big") + payload), 0x86DD
-    else:
-        packet, protocol = ipv4(source, target, header + b"\0\0" + payload), 0x0800
+        return ipv6(source, target, header + checksum.to_bytes(2, "big") + payload), 0x86DD, 41
+    return ipv4(source, target, header + b"\0\0" + payload), 0x0800, 4
+
+
+def smuggle(node, victim, source, target, payload):
+    """Put an IP packet on the wire to the victim beside all policies of the sender, by packet socket."""
+    packet, protocol, _ = datagram(source, target, payload)
     with node.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0) as wire:
         wire.sendto(packet, ("wire", protocol, 0, 0, mac_of(victim)))
 
@@ -319,6 +319,32 @@ def mac_of(node):
     """Of its device on the wire (SIOCGIFHWADDR)."""
     with node.socket() as sock:
         return fcntl.ioctl(sock, 0x8927, b"wire".ljust(40, b"\0"))[18:24]
+
+
+@one_machine
+@pytest.mark.parametrize("inner", [0, 1], ids=NAMES)
+def test_a_peer_behind_a_stream_is_reached_there_and_speaks_in_its_own_name_alone(wire, inner):
+    """Its packets come out of the loopback device, where a kernel does not ask its policies by itself."""
+    ours, theirs = children(next(wire.ids))
+    others, _ = children(next(wire.ids), other="c")
+    node, target = wire.a.node, INNER["a"][inner]
+    with node.socket() as stream, bound(node, target) as receiver:
+        stream.bind(("127.64.7.1", 0))
+        stream.connect(("127.0.0.1", 4500))
+        stream.settimeout(10)
+        there = Path(Endpoint("0.0.0.0", 4500), Endpoint(*stream.getsockname()))
+        for child in (replace(ours, path=there), others):
+            wire.a.ask("install", encode_child(child))
+            wire.installed.append((wire.a, child.id))
+            wire.a.ask("use", child.id)
+        sealer = Sealer(theirs.suite, theirs.key_out.reveal(), ours.spi_in, esn=False)
+        for sequence, claimed in enumerate(("c", "a", "b"), start=1):
+            packet, _, next_header = datagram(INNER[claimed][inner], target, claimed.encode())
+            stream.send(sealer.seal(sequence, packet, next_header))
+        data, source = receiver.recvfrom(100)
+        assert (data, source[0]) == (b"b", INNER["b"][inner])
+        receiver.sendto(b"answer", source)
+        assert stream.recv(2000)[:4] == ours.spi_out.to_bytes(4, "big")
 
 
 def test_nothing_leaves_in_the_clear(wire):
