@@ -166,6 +166,7 @@ class Campaign:
         world, bob = self.world, self.bob
         self.line = f"strangers {data.hex() or '-'}"
         world.now += 0.01
+        bob.ike.screen(self.alice.address, data, world.now)
         outputs = bob.ike.handle(Path(bob.address, self.alice.address), data, world.now)
         assert len(outputs) <= 1
         bob.ike.tick(world.now)

@@ -6,6 +6,8 @@ import random
 import time
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from p2pvpn.core.address import Endpoint, Path
 from p2pvpn.crypto.kex import KexMethod
@@ -256,3 +258,58 @@ def test_nothing_but_a_first_request_wakes_anybody(exchange, response):
     assert not answers_to(packet[:19] + b"\x28" + packet[20:])
     assert not answers_to(packet[:20] + b"\x00\x00\x00\x01" + packet[24:])
     assert not answers_to(packet[:8] + b"\x07" * 8 + packet[16:])
+
+
+def test_the_screen_lets_everything_pass_while_there_is_no_crowd():
+    _world, _alice, bob = pair()
+    template = request_of(random.Random(1))
+    assert bob.ike.screen(("198.18.0.1", 4500), template, 0.0) is None
+    assert bob.ike.init_counts.requests == 0
+
+
+def test_the_screen_answers_a_crowd_with_the_same_cookies_and_counts_it():
+    world, _alice, bob = pair()
+    dice = random.Random(1)
+    template = request_of(dice)
+    flood(bob, 30, template=template)
+    assert bob.ike.half_open == 30
+    before = bob.ike.init_counts.requests
+    for number in range(50):
+        request, source = fresh(template, dice), Endpoint(f"198.18.7.{number}", 4500)
+        answer = bob.ike.screen(source, request, world.now)
+        (out,) = bob.ike.handle(Path(bob.address, source), request, world.now)
+        assert answer == out.data
+        cookie = parse_clear_untrusted(answer).notify(NotifyType.COOKIE)
+        notify = bytes([template[16], 0]) + (8 + len(cookie.data)).to_bytes(2, "big") + b"\0\0\x40\x06" + cookie.data
+        again = request[:16] + bytes([41]) + request[17:24] + (len(request) + len(notify)).to_bytes(4, "big")
+        again += notify + request[28:]
+        assert bob.ike.screen(source, again, world.now) is None, "it has its cookie"
+        assert bob.ike.screen(Endpoint("198.18.8.1", 4500), again, world.now), "which is good for nobody else"
+    assert bob.ike.init_counts.requests == before + 150
+    assert bob.ike.half_open == 30
+
+
+def test_in_a_crowd_what_was_answered_before_is_answered_again():
+    world, alice, bob = pair()
+    alice.initiate(bob)
+    (request,) = alice.sent()
+    path = Path(bob.address, alice.address)
+    (first,) = bob.ike.handle(path, request, world.now)
+    flood(bob, 200)
+    assert bob.ike.screen(alice.address, request, world.now) is None
+    assert bob.ike.handle(path, request, world.now) == [first]
+
+
+@given(st.binary(max_size=400), st.booleans(), st.integers(0, 60))
+def test_no_bytes_make_the_screen_raise_or_keep_anything(data, looks_right, cut):
+    _world, _alice, bob = CROWD
+    if looks_right:
+        data = data[:8].ljust(8, b"x") + bytes(8) + bytes([data[9] if len(data) > 9 else 40, 0x20, 34, 8]) + data[cut:]
+        data = data[:24].ljust(24, b"\0") + (len(data[24:]) + 28).to_bytes(4, "big") + data[24:]
+    answer = bob.ike.screen(("198.18.0.1", 4500), data, 0.0)
+    assert answer is None or answer == b"" or len(answer) <= 56
+    assert bob.ike.half_open == 30
+
+
+CROWD = pair()
+flood(CROWD[2], 30)
