@@ -31,6 +31,9 @@ UNSENT_BYTES = 128 << 10
 """What the kernel takes beyond what is in flight (TCP_NOTSENT_LOWAT): its own buffer may be 4 MB of delay."""
 SILENCE_MS = 8_000
 """Bytes that TCP gets no word of for so long: the connection is dead (TCP_USER_TIMEOUT, RFC 5482)."""
+KEEPALIVE_S, KEEPALIVE_PAUSE_S = 45, 5
+"""TCP's own keepalives on an idle connection: routers forget one after five minutes (RFC 5382 asks for two hours), and
+a hub that is gone is noticed."""
 BATCH = 16
 """Reads of the UDP socket before others have their turn; with UDP_GRO up to 64 KB each."""
 MAX_RUN = 60
@@ -83,6 +86,9 @@ class StreamEnd(asyncio.Protocol):
             with contextlib.suppress(OSError):
                 sock.setsockopt(socket.IPPROTO_TCP, _TCP_USER_TIMEOUT, SILENCE_MS)
                 sock.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, UNSENT_BYTES)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_S)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_PAUSE_S)
         if self.tls is not None and not self._server:
             self.tls.start()
             self._flush()

@@ -37,8 +37,8 @@ CONNECT_S = 4.0
 """TCP and TLS together: three round trips."""
 UNPROVEN_S = 15.0
 """From a stream's head to IKE_AUTH: four round trips and retransmissions; a relay binding takes one."""
-SILENT_S = 120.0
-"""Every peer sends something within 30 s: checks of liveness, relay bindings, STUN."""
+SILENT_S = 900.0
+"""Twice as long as a hub's tunnel may be idle before either side asks whether the other lives."""
 MAX_STREAMS = 2048
 """On one hub: a tunnel and some relays each for several hundred members."""
 LOOK_S = 5.0
@@ -102,6 +102,8 @@ class HostStreams:
         if known is not None:
             known.end.on_closed = lambda: None
             known.end.close()
+            if not known.is_proven:
+                known.settled()
 
     def vouch(self, stream: Endpoint) -> None:
         known = self._streams.get(stream)
