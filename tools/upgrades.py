@@ -27,6 +27,10 @@ SPANS = 12
 """Runs of lost packets that are told of a round."""
 
 
+LINES = 6
+"""Of each end's log, with a round that lost something."""
+
+
 def main() -> int:
     """Run the campaign inside a laboratory of its own."""
     parser = argparse.ArgumentParser(description="fall-backs and upgrades under load")
@@ -74,6 +78,8 @@ def _perform(options: argparse.Namespace) -> int:
             if one.lost_at_upgrade or one.lost_before_upgrade:
                 before = f"{one.lost_before_upgrade} lost on the relayed path before the upgrade"
                 print("    ", before, *one.lost_spans[:SPANS], f"dropped by {one.drops}", sep="\n     ", flush=True)
+                for node in (stage.a, stage.b):
+                    print("    ", *stage.log_tail(node).splitlines()[-LINES:], sep=f"\n     {node} ", flush=True)
     lost = sum(one.lost_at_upgrade for one in rounds)
     gap = statistics.median(one.gap_s for one in rounds)
     before = sum(one.lost_before_upgrade for one in rounds)

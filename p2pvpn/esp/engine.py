@@ -33,6 +33,7 @@ from .inner import (
     with_outer_ecn,
 )
 from .packet import NEXT_IPV4, NEXT_IPV6, NEXT_NONE, SHORTEST_BYTES, inner_mtu, unpadded_untrusted
+from .ration import NO_SERVICE, Service
 from .sa import MAX_PAIRS, InboundSa, OutboundSa
 from .selectors import PrefixTable
 
@@ -55,6 +56,7 @@ class Reason(Enum):
     CONGESTION = "marked congested on the way, and its sender cannot learn of it"
     LINK_SCOPED = "the destination never leaves a link"
     TOO_BIG = "too big for the path, and no error may be sent"
+    RATIONED = "more than one member may send to a service of this machine"
     EXHAUSTED = "the sequence numbers of the SA are used up"
 
 
@@ -116,10 +118,10 @@ class _Child:
 
     __slots__ = ("child", "inbound", "outbound", "used")
 
-    def __init__(self, child: ChildSa) -> None:
+    def __init__(self, child: ChildSa, service: Service) -> None:
         self.child = child
         self.outbound = OutboundSa(child)
-        self.inbound = InboundSa(child, self.outbound.local, self.outbound.remote)
+        self.inbound = InboundSa(child, self.outbound.local, self.outbound.remote, service)
         self.used = False
 
 
@@ -141,9 +143,14 @@ class EspEngine:
         self._children: dict[int, _Child] = {}
         self._by_spi: dict[bytes, InboundSa] = {}
         self._networks: dict[str, _Network] = {}
+        self._services: dict[str, Service] = {}
         self._errors = TokenBucket(TOO_BIG_PER_S, TOO_BIG_PER_S)
 
     # ------------------------------------------------------------------ commands
+
+    def serve(self, network: str, service: Service) -> None:
+        """What a member sends to this service of ours is rationed, on every SA that is installed from now on."""
+        self._services[network] = service
 
     def install(self, child: ChildSa) -> None:
         """Receive on the SA. Raises LocalError when the id or SPI is taken or the SA is of a kind not carried here."""
@@ -159,7 +166,7 @@ class EspEngine:
         if spi in self._by_spi:
             raise LocalError(f"SPI {child.spi_in:#010x} is taken")
         try:
-            entry = _Child(child)
+            entry = _Child(child, self._services.get(child.network, NO_SERVICE))
         except ValueError as error:
             raise LocalError(str(error)) from None
         self._children[child.id] = entry
@@ -201,6 +208,7 @@ class EspEngine:
         for child_id in [key for key, entry in self._children.items() if entry.child.network == network]:
             self.remove(child_id)
         self._networks.pop(network, None)
+        self._services.pop(network, None)
 
     def usage(self, child_ids: Iterable[int]) -> dict[int, Usage]:
         """Counters of those SAs that exist."""
@@ -376,11 +384,12 @@ class EspEngine:
         pair = head[12:20] if head[0] >> 4 == 4 else head[8:40]
         try:
             admitted = pair in sa.pairs or sa.admits_untrusted(head, pair)
+            bounded = pair[16:] in sa.ration.addresses and not sa.ration.admits_untrusted(head, sa.last_at, count)
         except WireError:
             self.drops[Reason.BAD_INNER] += count
             return None
-        if not admitted:
-            self.drops[Reason.WRONG_ADDRESS] += count
+        if not admitted or bounded:
+            self.drops[Reason.WRONG_ADDRESS if not admitted else Reason.RATIONED] += count
             return None
         sa.bytes += count * size
         if not ecn & 3:
@@ -410,6 +419,8 @@ class EspEngine:
                 return self._refuse(Reason.BAD_INNER)
             if pair not in sa.pairs and not sa.admits_untrusted(packet, pair):
                 return self._refuse(Reason.WRONG_ADDRESS)
+            if version == 6 and pair[16:] in sa.ration.addresses and not sa.ration.admits_untrusted(packet, sa.last_at):
+                return self._refuse(Reason.RATIONED)
         except WireError:
             return self._refuse(Reason.BAD_INNER)
         sa.bytes += len(packet)

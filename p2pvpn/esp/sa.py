@@ -12,6 +12,7 @@ from p2pvpn.core.child import ChildSa
 from .cbc import CbcOpener, CbcSealer
 from .inner import flow_untrusted
 from .packet import Opener, Sealer
+from .ration import NO_SERVICE, Ration, Service
 from .replay import ReplayWindow
 from .selectors import SelectorSet
 
@@ -104,12 +105,13 @@ class InboundSa:
         "opener",
         "packets",
         "pairs",
+        "ration",
         "remote",
         "source",
         "window",
     )
 
-    def __init__(self, child: ChildSa, local: SelectorSet, remote: SelectorSet) -> None:
+    def __init__(self, child: ChildSa, local: SelectorSet, remote: SelectorSet, service: Service = NO_SERVICE) -> None:
         self.child = child
         self.esn = child.esn
         self.home = child.path.remote
@@ -118,6 +120,7 @@ class InboundSa:
         self.remote = remote
         self.narrow = local.narrow or remote.narrow
         self.pairs: set[bytes] = set()
+        self.ration = Ration(service)
         kind = Opener if child.suite.is_combined else CbcOpener
         self.opener = kind(child.suite, child.key_in.reveal(), esn=child.esn)
         self.window = ReplayWindow(esn=child.esn)

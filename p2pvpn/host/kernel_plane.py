@@ -60,6 +60,8 @@ from .xfrm import (
 log = logging.getLogger(__name__)
 
 LOOPBACK_POLICY = FilePath("/proc/sys/net/ipv4/conf/lo/disable_policy")
+ARRIVAL_S = 0.2
+"""For a packet from decryption to its policy, on a machine that is busy."""
 LOOK_PAUSE_S = 1.0
 """Between looks whether the policies of SAs in use still stand."""
 
@@ -377,9 +379,16 @@ class KernelPlane:
             entry.flow_in, entry.flow_out = new_in, new_out
             return
         sent, taken = self._policies.naming(entry)
+        self._xfrm.request(*self._policies.acceptance(entry, moving=True))
+        self._loop.call_later(ARRIVAL_S, self._arrive, entry)
         entry.flow_in, entry.flow_out = new_in, new_out
         self._carry(entry, sent, old_out, new_out, inbound=False)
         self._carry(entry, taken, old_in, new_in, inbound=True)
+
+    def _arrive(self, entry: InstalledChild) -> None:
+        """Nothing from before a move is on its way through the kernel any more."""
+        if self._kernel is not None and self._children.get(entry.child.id) is entry:
+            self._take_away(self._policies.acceptance(entry))
 
     def _carry(
         self, entry: InstalledChild, policies: list[tuple[Pair, Direction]], old: Flow, new: Flow, *, inbound: bool

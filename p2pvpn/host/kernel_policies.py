@@ -49,12 +49,19 @@ class PolicyBook:
             self._accepting.setdefault(pair, []).append(entry)
         return [*self._bypass(entry, more=1), *self.acceptance(entry)]
 
-    def acceptance(self, entry: InstalledChild) -> list[Message]:
-        """Policies that let in what the SAs of the entry's pairs bring, as many as there are now."""
+    def acceptance(self, entry: InstalledChild, *, moving: bool = False) -> list[Message]:
+        """Policies that let in what the SAs of the entry's pairs bring, as many as there are now.
+
+        With `moving` also what the entry's SA brings from any address: a packet that was decrypted before the move
+        may be looked at after it.
+        """
         messages = []
         for pair in entry.pairs:
-            accepted = self._accepting.get(pair, [])[-MAX_TEMPLATES:]
-            templates = [other.template(other.flow_in, optional=len(accepted) > 1) for other in accepted]
+            accepted = self._accepting.get(pair, [])[-(MAX_TEMPLATES - moving) :]
+            several = len(accepted) + moving > 1
+            templates = [other.template(other.flow_in, optional=several) for other in accepted]
+            if moving:
+                templates.append(entry.template(entry.flow_in.from_anywhere, optional=True))
             for direction in self._ways_in(entry, pair):
                 if templates:
                     messages.append(set_policy(pair.reverse, direction, priority(pair), templates))

@@ -26,6 +26,7 @@ from p2pvpn.core.address import Endpoint, IpAddress, IpNetwork, Path
 from p2pvpn.core.child import ChildSa
 from p2pvpn.core.errors import Fault, LocalError
 from p2pvpn.mesh.ports import SaUsage
+from p2pvpn.mesh.rations import call_service
 
 from .guard import Guard
 from .netlink import Netlink
@@ -40,6 +41,7 @@ from .worker_messages import (
     child_fields,
     pack,
     path_fields,
+    service_fields,
     unpack,
 )
 from .worker_process import AUTO, PLAIN
@@ -238,7 +240,7 @@ class UserPlane:
     ) -> str:
         if not MIN_MTU <= mtu <= MAX_MTU:
             raise LocalError(f"an MTU of {mtu} is not in {MIN_MTU}..{MAX_MTU}")
-        device = str(await self._ask(Op.OPEN, network))
+        device = str(await self._ask(Op.OPEN, network, *service_fields(call_service(addresses))))
         self._devices[network] = device
         try:
             await self._guard.protect(device, routes)

@@ -28,6 +28,7 @@ from typing import Any
 from p2pvpn.core.address import Endpoint
 from p2pvpn.core.errors import LocalError
 from p2pvpn.esp.engine import Delivered, EspEngine, Reason, Refused, Sealed, TooBig, Trapped
+from p2pvpn.esp.ration import Service
 
 from .sender import Sender
 from .spi_filter import SpiFilter
@@ -41,6 +42,7 @@ from .worker_messages import (
     child_of,
     pack,
     path_of,
+    service_of,
     unpack,
 )
 
@@ -243,7 +245,7 @@ class Worker:
         engine = self._engine
         match op:
             case Op.OPEN:
-                return self._open_network(arguments[0])
+                return self._open_network(arguments[0], service_of(arguments[1:]))
             case Op.CLOSE:
                 self._close_network(arguments[0])
             case Op.INSTALL:
@@ -287,11 +289,12 @@ class Worker:
             del self._handlers[sock.fileno()]
             sock.close()
 
-    def _open_network(self, network: str) -> str:
+    def _open_network(self, network: str, service: Service) -> str:
         if network in self._networks:
             raise LocalError(f"the network {network!r} has a device already")
         tun = self._new_tun()
         self._networks[network] = tun
+        self._engine.serve(network, service)
         self._tuns[tun.fd] = (network, tun)
         self._epoll.register(tun.fd, select.EPOLLIN)
         return tun.name

@@ -22,6 +22,7 @@ from p2pvpn.core.address import Endpoint, Path
 from p2pvpn.core.child import ChildSa, EspSuite
 from p2pvpn.core.secret import Secret
 from p2pvpn.core.selector import Selector
+from p2pvpn.esp.ration import Service
 
 MAX_MESSAGE_BYTES = 128 << 10
 """Below the kernel's default for Unix sockets (208 KiB) with room for what it adds."""
@@ -64,6 +65,15 @@ def path_fields(path: Path) -> list[Any]:
 def path_of(fields: list[Any]) -> Path:
     local_host, local_port, remote_host, remote_port = fields
     return Path(Endpoint(local_host, local_port), Endpoint(remote_host, remote_port))
+
+
+def service_fields(service: Service) -> list[Any]:
+    return [sorted(service.addresses), service.port]
+
+
+def service_of(fields: list[Any]) -> Service:
+    addresses, port = fields
+    return Service(frozenset(addresses), port)
 
 
 def child_fields(child: ChildSa) -> list[Any]:

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import NamedTuple
 
-from p2pvpn.core.address import Endpoint, IpAddress, IpNetwork
+from p2pvpn.core.address import Endpoint, IpAddress, IpNetwork, any_local
 from p2pvpn.core.child import EspSuite
 from p2pvpn.core.errors import LocalError
 from p2pvpn.core.secret import Secret
@@ -46,8 +46,9 @@ TAG = 0x70327076
 """Of every selector of ours ("p2pv"); `ip xfrm` shows it as uid 1882353782."""
 REQIDS = range(1_000_000_000, 2_000_000_000)
 """`reqid` of an SA is the first of these plus its Child SA's id."""
-REPLAY_WINDOW = 2048
-"""Packets, a multiple of 32: as wide as the user plane's, for paths that reorder at a gigabit."""
+REPLAY_WINDOW = 4096
+"""Packets: as many as the kernel allows. What comes later than that over a relay's long queue, when others came by the
+direct path already, is lost; with 64-bit numbers it even looks forged (XfrmInStateProtoError)."""
 MAPPING_PAUSE_S = 1
 """The kernel tells of one packet from a foreign address per SA in this time, or all of them would be told."""
 MAX_TEMPLATES = 6
@@ -109,6 +110,11 @@ class Flow(NamedTuple):
     @property
     def family(self) -> int:
         return socket.AF_INET6 if self.destination.is_ipv6 else socket.AF_INET
+
+    @property
+    def from_anywhere(self) -> Flow:
+        """In a template: from any source address."""
+        return Flow(any_local(self.destination, self.source.port).local, self.destination)
 
     @property
     def hosts(self) -> tuple[str, str]:

@@ -15,6 +15,7 @@ from p2pvpn.core.child import ChildSa
 from p2pvpn.core.errors import LocalError
 from p2pvpn.esp.engine import Delivered, EspEngine, Refused, Sealed, TooBig, Trapped
 from p2pvpn.mesh.ports import SaUsage
+from p2pvpn.mesh.rations import call_service
 
 from .overlay import OverlayStack
 
@@ -49,6 +50,7 @@ class SimPlane:
         await self._obey()
         if network in self.stacks:
             raise LocalError(f"network {network} is open already")
+        self.engine.serve(network, call_service(addresses))
         self.stacks[network] = OverlayStack(addresses, routes, mtu, lambda packet: self._outbound(network, packet))
         return f"sim{len(self.stacks) - 1}"
 

@@ -63,7 +63,7 @@ class Bench:
         self.peer = EspEngine()
         self.peer.install(self.child)
         self.peer.use(self.child.id)
-        self.device = self.now(Op.OPEN, "bench")
+        self.device = self.now(Op.OPEN, "bench", [], 0)
         node.ip(f"link set {self.device} up\naddr add {INNER['a'][0]}/32 dev {self.device}\n")
         node.ip(f"route add 10.9.0.0/16 dev {self.device}")
         self.inner = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -349,7 +349,7 @@ def test_errors_come_back_with_their_reason(bench):
         (Op.INSTALL, *child_fields(bench.ours)),
         (Op.USE, 99),
         (Op.MOVE, 99, *path_fields(bench.ours.path)),
-        (Op.OPEN, "bench"),
+        (Op.OPEN, "bench", [], 0),
     ):
         serial = bench.write(*command)
         bench.worker._on_control()

@@ -122,7 +122,7 @@ if uml.is_inside():
             assert states.count("reqid 1000000042 ") == 2
             assert host.run(["ip", "-s", "xfrm", "state"]).stdout.count(f"uid {xfrm.TAG}") == 2
             assert states.count("encap type espinudp sport 4500 dport 4500") == 2
-            assert states.count("replay_window 2048") == 2
+            assert states.count(f"replay_window {xfrm.REPLAY_WINDOW}") == 2
             assert policies.count("reqid 1000000042") == 2
             assert "dir out priority 936" not in policies
             await plane.use(42)
