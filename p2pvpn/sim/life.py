@@ -323,13 +323,17 @@ class Life:
         """Hosts of a diagram: the pair with all routers that it was behind, the hubs in the middle."""
         routers: list[list[str]] = []
         for name in (outage.caller, outage.callee):
-            places = [self.plan.homes[name], *(one.to for one in self.plan.happenings if one.who == name)]
-            homes = [self._sites[place] for place in dict.fromkeys(places) if place in self._sites]
-            routers.append([home.router.name for home in homes if home is not None])
+            homes = [self._sites[place] for place in self._places(name)]
+            routers.append([router for home in homes if home is not None for router in _routers(home)])
         hubs = [hub.name for hub in self.hubs]
         names = [outage.caller, *routers[0], *hubs, *reversed(routers[1]), outage.callee]
         seen = {event.host for event in self.world.trace.events} | {event.to for event in self.world.trace.events}
         return [name for name in dict.fromkeys(names) if name in seen]
+
+    def _places(self, name: str) -> list[str]:
+        """All sites that a peer is at, in order."""
+        places = [self.plan.homes[name], *(one.to for one in self.plan.happenings if one.who == name)]
+        return [place for place in dict.fromkeys(places) if place in self._sites]
 
     def watch(self, outage: Outage) -> None:
         """Record nothing but what the pair does and sends around an outage."""
@@ -337,17 +341,13 @@ class Life:
         self.world.trace.is_kept = False
 
     async def _record(self, outage: Outage) -> None:
-        trace, pair = self.world.trace, {outage.caller, outage.callee}
-        hosts = {
-            router.name
-            for name in pair
-            for router in (home.router for home in self._sites.values() if home is not None)
-            if any(interface.node is self.world.machines[name].host for interface in router.inside.segment.interfaces)
-        }
+        trace = self.world.trace
+        homes = (self._sites[place] for name in (outage.caller, outage.callee) for place in self._places(name))
+        theirs = {outage.caller, outage.callee}.union(*(_routers(home) for home in homes if home is not None))
         await asyncio.sleep(max(0.0, outage.at_s - MARGIN_S))
         trace.is_kept = True
         end = trace.watch(
-            self.world.internet, lambda crossing: bool({crossing.sender, crossing.receiver} & (pair | hosts))
+            self.world.internet, lambda crossing: crossing.sender in theirs or crossing.receiver in theirs
         )
         await asyncio.sleep(outage.lasted_s + 2 * MARGIN_S)
         end()
@@ -455,3 +455,8 @@ def recoveries(results: Sequence[LifeResult]) -> dict[str, list[float]]:
             cause = outage.cause.value if outage.cause is not None else "nothing"
             found.setdefault(cause, []).append(outage.lasted_s)
     return {cause: sorted(lengths) for cause, lengths in sorted(found.items())}
+
+
+def _routers(home: Home) -> list[str]:
+    """From a home outwards."""
+    return [home.router.name] + ([] if home.above is None else _routers(home.above))
