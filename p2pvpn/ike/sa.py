@@ -97,6 +97,8 @@ class IkeSa:
         self._channel = Channel(local.settings)
         self.liveness_s = local.settings.liveness_s
         """Quiet time after which the peer is probed; None for never."""
+        self.heard_at = 0.0
+        """When the peer last proved to be alive."""
         self._timers: TimerTable[Timer] = TimerTable()
         self._hinted: Path | None = None
         self._later: list[Task] = []
@@ -238,7 +240,12 @@ class IkeSa:
             self._pump(now)
 
     def heard(self, now: float) -> None:
-        """The peer is known to be alive: the next probe is put off."""
+        """The peer is known to be alive: the next probe is put off, and a request under way is not given up yet."""
+        self.heard_at = now
+        self.put_off_probe(now)
+
+    def put_off_probe(self, now: float) -> None:
+        """Until the quiet time is over once more."""
         if self.state is State.ESTABLISHED and self.liveness_s is not None and not self.silent:
             self._timers.set(Timer.LIVENESS, now + self.liveness_s)
 

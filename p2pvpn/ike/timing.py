@@ -15,6 +15,10 @@ from .timers import Timer
 if TYPE_CHECKING:
     from .sa import IkeSa
 
+MAX_GRACES = 3
+"""How often a request begins its tries anew when the peer, heard since the last one, is alive: it slept, or its NAT
+forgot it, through all the others. A minute then, after which something is wrong with it."""
+
 
 def tick(sa: IkeSa, now: float) -> None:
     """All timers that are due."""
@@ -34,7 +38,7 @@ def tick(sa: IkeSa, now: float) -> None:
         elif timer is Timer.LATER:
             _ask_again(sa)
         elif timer is Timer.LIVENESS:
-            sa.heard(now)
+            sa.put_off_probe(now)
             if sa.requests.is_idle:
                 sa.probe(now)
         else:
@@ -55,6 +59,9 @@ def _retransmit(sa: IkeSa, now: float) -> None:
         sa._send_outstanding(now)
     elif sa.moving is not None and not sa.moving.back:
         fail_move(sa, "no answer over the new path", now)
+    elif sa.heard_at > waiting.sent_at and waiting.graces < MAX_GRACES:
+        waiting.graces += 1
+        sa.redirect(waiting.path, waiting.limit, now)
     else:
         sa.requests.outstanding = None
         waiting.task.gave_up(sa, now)

@@ -38,6 +38,8 @@ class Outstanding:
     sent_at: float = 0.0
     early: bool = False
     """Whether the retransmission comes that is not counted: soon after the answer is due."""
+    graces: int = 0
+    """How often its tries began anew, because the peer was heard meanwhile."""
 
 
 class Requests:

@@ -34,13 +34,22 @@ def preference(peer: IPv6Address, hub: PeerId) -> bytes:
     return hashlib.sha256(peer.packed + hub).digest()
 
 
+SURPLUS_S = 60.0
+"""A tunnel more than wanted is kept for so long: it took the place of a hub that was silent for a moment."""
+
+
 class HubSession(Protocol):
     """What attachments need of a session."""
 
     @property
     def connected(self) -> bool: ...
 
+    @property
+    def is_in_trouble(self) -> bool: ...
+
     def want(self) -> None: ...
+
+    def disconnect(self, reason: str) -> None: ...
 
 
 class Attachments:
@@ -69,6 +78,10 @@ class Attachments:
     def wake(self) -> None:
         """Something changed: look again now, without a back-off."""
         self._backoff.reset()
+        self._wake.set()
+
+    def look(self) -> None:
+        """A tunnel is in doubt: look again now."""
         self._wake.set()
 
     def lost(self, overlay: IPv6Address) -> None:
@@ -108,17 +121,28 @@ class Attachments:
         """Keep attached until cancelled."""
         while True:
             missing = self._start_missing()
+            surplus = [] if missing else self._surplus()
             self._wake.clear()
             try:
-                async with asyncio.timeout(self._backoff.next_pause() if missing else None):
+                pause_s = self._backoff.next_pause() if missing else SURPLUS_S if surplus else None
+                async with asyncio.timeout(pause_s):
                     await self._wake.wait()
             except TimeoutError:
-                pass
+                for session in surplus:
+                    session.disconnect("enough hubs")
+
+    def _surplus(self) -> list[HubSession]:
+        """Tunnels more than wanted, when all of them work."""
+        sessions = [self._session(hub.overlay) for hub in self.connected()]
+        if self._wanted is None or any(session.is_in_trouble for session in sessions):
+            return []
+        return sessions[self._wanted :]
 
     def _start_missing(self) -> bool:
         """Begin with as many hubs as are missing; whether any is missing."""
         ordered = self._ordered()
-        up = sum(self._session(hub.overlay).connected for hub in ordered)
+        sessions = [self._session(hub.overlay) for hub in ordered]
+        up = sum(session.connected and not session.is_in_trouble for session in sessions)
         wanted = len(ordered) if self._wanted is None else min(self._wanted, len(ordered))
         missing = wanted - up
         for hub in ordered:

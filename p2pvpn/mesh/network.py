@@ -263,6 +263,10 @@ class Network:
         hub = self.attachments.hub_at(overlay)
         return hub.name if hub is not None else self.directory.name_of(overlay) or str(overlay)
 
+    def hub_silent(self) -> None:
+        """Another hub takes the place of one that says nothing, for the time being."""
+        self.attachments.look()
+
     def is_hub(self, overlay: IPv6Address) -> bool:
         return self.attachments.hub_at(overlay) is not None
 

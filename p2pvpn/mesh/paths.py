@@ -34,7 +34,9 @@ from .hardnat import HardNat
 from .notices import CANDIDATES, MOVE_WANTED, find
 from .pump import Pump
 from .relaying import RelayPath
+from .revival import revive
 from .services import Services
+from .waiting import set_within
 
 ANSWER_S = 0.6
 """How long a peer may take to answer over a path that is fine as far as we can see, before another is tried."""
@@ -100,6 +102,10 @@ class Context(Finder, HardNatContext, Protocol):
     def local_candidates(self) -> list[Candidate]: ...
 
     def name_of(self, overlay: IPv6Address) -> str: ...
+
+    def hub_silent(self) -> None:
+        """A hub that we are attached to says nothing."""
+        ...
 
 
 class Owner(Protocol):
@@ -368,7 +374,7 @@ class Paths:
         problem = "the relay does not answer"
         if await relay.confirm():
             problem = "the peer does not answer over the relay"
-            if await _set_within(sa.alive, ANSWER_S):
+            if await set_within(sa.alive, ANSWER_S):
                 return
         if sa is self._owner.current and sa.path.remote == relay.endpoint:
             sa.relay = None
@@ -404,14 +410,20 @@ class Paths:
             self.release()
 
     async def _doubt_hub(self, sa: LiveSa) -> None:
-        """A hub is silent: perhaps UDP does not reach it any more, and TCP does."""
-        if await _set_within(sa.alive, self._services.tuning.stream_after_s):
+        """A hub is silent: perhaps UDP does not reach it any more, or it does not know us any more."""
+        if await set_within(sa.alive, self._services.tuning.stream_after_s):
             return
+        self._context.hub_silent()
+        async with asyncio.TaskGroup() as both:
+            both.create_task(revive(self._context, self._services, self._owner.overlay, sa), name="revive")
+            both.create_task(self._try_stream(sa), name="try TCP")
+
+    async def _try_stream(self, sa: LiveSa) -> None:
         try:
             path = await self._context.line_to(self._owner.overlay)
             if sa is self._owner.current and not sa.alive.is_set():
                 self._move(sa, path, "UDP is silent")
-                await _set_within(sa.settled, MOVE_S)
+                await set_within(sa.settled, MOVE_S)
         except ConnectError as problem:
             self._owner.last_failure = str(problem)
         finally:
@@ -456,7 +468,7 @@ class Paths:
             await asyncio.sleep(CHANCE_S)
         elif sa.relay is not None and sa.relay.endpoint != dead.remote and await sa.relay.confirm():
             self._move(sa, sa.relay.path, reason)
-            await _set_within(sa.settled, ANSWER_S)
+            await set_within(sa.settled, ANSWER_S)
         backoff = Backoff(self._services.tuning.retry_first_s, RETRY_MAX_S, self._services.entropy)
         unanswered = 0
         while self._is_stuck(sa, dead):
@@ -472,7 +484,7 @@ class Paths:
             if sa.initiator:
                 sa.relay = relay
                 self._move(sa, relay.path, reason)
-            await _set_within(sa.settled, self._services.tuning.call_timeout_s)
+            await set_within(sa.settled, self._services.tuning.call_timeout_s)
             unanswered += 1
             if unanswered >= GIVE_UP_MOVES and self._is_stuck(sa, dead) and not sa.alive.is_set():
                 self._services.ike.drop(sa.id, f"the peer does not know the SA any more: {reason}")
@@ -482,13 +494,3 @@ class Paths:
         """Whether the SA still has nothing but the path that died."""
         works_again = sa.agent is not None and sa.agent.selected == dead
         return sa is self._owner.current and sa.path == dead and not works_again
-
-
-async def _set_within(event: asyncio.Event, limit_s: float) -> bool:
-    """Wait for an event; whether it came in time."""
-    try:
-        async with asyncio.timeout(limit_s):
-            await event.wait()
-    except TimeoutError:
-        return False
-    return True

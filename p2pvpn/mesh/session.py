@@ -84,6 +84,11 @@ class Session:
         return self._silence.doubts > 0
 
     @property
+    def is_in_trouble(self) -> bool:
+        """Whether the way to the peer is in doubt."""
+        return self.paths.is_in_trouble
+
+    @property
     def with_hub(self) -> bool:
         """Whether one of us is a hub: then there is nothing to punch and no relay."""
         return self._context.me.is_hub or (self.member is not None and self.member.is_hub)
