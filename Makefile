@@ -43,6 +43,9 @@ coverage: $(VENV)/.test ## branch coverage of the quick tests, with a floor for 
 sim: $(VENV)/.test ## the simulated Internet, seeds 1-20: ARGS="--seeds 7 --churn 0.1"
 	@$(BIN)/python -m tools.sim $(ARGS)
 
+sim-life: $(VENV)/.test ## half an hour of mobility, sleep, crashes and dying hubs: ARGS="--seeds 3 --draw"
+	@$(BIN)/python -m tools.sim_life $(ARGS)
+
 nat-grid: $(VENV)/.test ## every pair of NATs: direct or relayed, how fast, at what cost: ARGS="--only 'no UDP'"
 	@$(BIN)/python -m tools.nat_grid $(ARGS)
 

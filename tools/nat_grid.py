@@ -41,6 +41,9 @@ LEGEND = (
 )
 MARKS = {"!": "bold red", "~": "yellow", "+": "cyan", "": "green"}
 
+TEXTS = ("place", "promise", "cell", "pair", "way")
+"""Columns that are not figures."""
+
 Runs = Sequence[Outcome]
 """The same cell, one outcome per seed."""
 
@@ -138,7 +141,7 @@ def as_markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def as_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
     for heading in headings:
-        table.add_column(heading, justify="left" if heading in ("place", "promise", "cell") else "right")
+        table.add_column(heading, justify="left" if heading in TEXTS or heading.startswith("what") else "right")
     for row in rows:
         table.add_row(*(Text(text, MARKS.get(text[1:], "") if 0 < len(text) < 3 else "") for text in row))
     return table
