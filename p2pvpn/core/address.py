@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 from typing import NamedTuple
 
@@ -74,7 +75,7 @@ class Endpoint(NamedTuple):
 
     def packed(self) -> bytes:
         """4 or 16 address bytes, then 2 port bytes."""
-        return self.ip.packed + self.port.to_bytes(2, "big")
+        return _packed_host(self.host) + self.port.to_bytes(2, "big")
 
     @classmethod
     def unpack_untrusted(cls, data: bytes) -> Endpoint:
@@ -85,6 +86,12 @@ class Endpoint(NamedTuple):
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if self.is_ipv6 else f"{self.host}:{self.port}"
+
+
+@functools.lru_cache(maxsize=1024)
+def _packed_host(host: str) -> bytes:
+    """Few addresses are asked for again and again."""
+    return ipaddress.ip_address(host).packed
 
 
 class Path(NamedTuple):
