@@ -44,6 +44,7 @@ from p2pvpn.punch.birthday import (
 )
 from p2pvpn.punch.candidates import CandidateKind, priority
 from p2pvpn.punch.checklist import SEEN_FROM_OUTSIDE
+from p2pvpn.punch.pair import PairState
 from p2pvpn.punch.prediction import Prediction, predict
 from p2pvpn.punch.traversal import Part, RunNotice, Step, decode_nat_untrusted, part
 
@@ -62,8 +63,10 @@ ANSWER_S = 8.0
 """From WANT to OPEN: words of hubs, samples, 128 openings, and the way over the relay."""
 HOLD_S = PROBES * INTERVAL_S * 1.25 + 3.0
 """The hard side keeps its sockets for a run of the other so long."""
-SHORT_HOLD_S = 4.0
-"""The same where ports were predicted."""
+SHORT_HOLD_S = 0.5
+"""The same where ports were predicted, after the second that a volley waits for answers."""
+HIT_S = 2.0
+"""What hit becomes a path within this time, or not at all."""
 SAMPLES = 4
 """Fresh sockets that ask a hub."""
 PREDICTED_SOCKETS, SPARE = 16, 32
@@ -389,6 +392,10 @@ class HardNat:
             self._found.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._found.wait(), limit_s)
+            hits = agent.checks.within(PairState.CHECKING, PairState.VALID)
+            if agent.selected is None and any(pair.local.port in agent.checks.extra_ports for pair in hits):
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._found.wait(), HIT_S)
         return agent.selected is not None
 
     # Extra sockets.

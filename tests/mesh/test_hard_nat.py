@@ -68,6 +68,18 @@ def test_a_nat_that_can_be_predicted_is_passed_within_three_seconds(nat_a: str, 
         life.run(story())
 
 
+def test_a_prediction_that_others_spoil_is_followed_by_guesses_at_once() -> None:
+    life = Life(49, "symmetric/sequential/others=2000", "port-restricted")
+
+    async def story() -> None:
+        await life.ping(life.a, life.b, count=1)
+        assert await direct_within(life, 16.0)
+        await asyncio.sleep(1)
+        assert [(run.method, run.met) for run in guesses(life)] == [("prediction", False), ("birthday", True)]
+
+    life.run(story())
+
+
 @pytest.mark.parametrize("seed", [1, 2, 3, 4, 5, 6])
 def test_a_random_nat_against_a_port_restricted_one_is_passed_by_guessing(seed: int) -> None:
     outcome = run(seed)
