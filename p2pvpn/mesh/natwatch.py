@@ -87,6 +87,7 @@ class NatWatch:
         self._task: asyncio.Task[None] | None = None
         self.search = LifetimeSearch()
         self.attachment = ""
+        self._was_inside = self._inside()
 
     # Life.
 
@@ -107,13 +108,20 @@ class NatWatch:
             self._task.cancel()
             self._task = None
 
-    def network_changed(self) -> None:
-        """Another address or route: perhaps another NAT. Nothing is assumed of it."""
+    def network_changed(self) -> bool:
+        """Something changed. Where it is our networks or routers it may be another NAT, of which nothing is assumed;
+        whether it is.
+        """
+        inside = self._inside()
+        if inside == self._was_inside:
+            return False
+        self._was_inside = inside
         self.attachment = ""
         self._use(LifetimeSearch())
         if self._task is not None:
             self._task.cancel()
             self._begin()
+        return True
 
     def _begin(self) -> None:
         self._task = self._services.tasks.start(self._run(), "NAT watch")
@@ -185,8 +193,12 @@ class NatWatch:
     def _where(self) -> str:
         """The network that we are in: its outer address, its router and the networks inside."""
         outer = sorted({seen.host for seen in self._probe.seen_by().values()})
+        return f"{' '.join(outer[:2])} | {self._inside()}"[:200]
+
+    def _inside(self) -> str:
+        """Our routers and networks."""
         underlay = self._services.underlay
-        return " ".join([*outer[:2], "|", *underlay.gateways(), "|", *map(str, underlay.local_networks())])[:200]
+        return f"{' '.join(underlay.gateways())} | {' '.join(map(str, underlay.local_networks()))}"
 
     def _arrive(self) -> HubEnd | None:
         """Take up what is known of this network."""

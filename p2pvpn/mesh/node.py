@@ -377,10 +377,10 @@ class Node:
     def network_changed(self) -> None:
         """An address, link or default route of the machine changed."""
         self.services.punch_limits.update_subnets(self._underlay.local_networks())
-        self._reflexive.forget()
         if self._port_mapper is not None:
             self._port_mapper.network_changed()
-        self.nat_watch.network_changed()
+        if self.nat_watch.network_changed():
+            self._reflexive.forget()
         self._look_outside()
         self._moved_soon()
 

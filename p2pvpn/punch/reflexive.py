@@ -56,8 +56,8 @@ SAMPLE_PAUSE_S = 60.0
 class ReflexiveLearned(Event):
     """The hub at `hub` sees us at `endpoint`, which is new; its answer came to `local`.
 
-    `silent_s` is how long the hub had not been asked before, when it saw us elsewhere then; None when it is the first
-    answer.
+    `silent_s` is how long the binding was silent before, when it saw us at another port of the same address then; None
+    for the first answer and after any greater change.
     """
 
     local: Endpoint
@@ -187,7 +187,8 @@ class ReflexiveProbe:
         outputs: list[Output] = []
         before = hub.endpoint
         known = (hub.endpoint, hub.local) == (endpoint, path.local)
-        silent_s = None if before is None or hub.local != path.local else hub.sent_at - hub.open_at
+        same_nat = before is not None and hub.local == path.local and before.host == endpoint.host
+        silent_s = hub.sent_at - hub.open_at if same_nat else None
         if hub.tries == 1:
             hub.rtt_s = now - hub.sent_at
         if not known:
