@@ -123,7 +123,7 @@ class Fallback:
                 continue
             for sa in session.sas.values():
                 if sa.initiator and sa.path.remote.is_stream:
-                    session.paths.take(sa, any_local(hub, self._services.underlay.port), "UDP works")
+                    session.paths.move(sa, any_local(hub, self._services.underlay.port), "UDP works")
         self._leave_relays()
 
     def _leave_relays(self) -> None:
@@ -132,7 +132,7 @@ class Fallback:
         is_any_on_stream = any(hub is not None and hub.transport == "tcp" for hub in hubs)
         if not is_any_on_stream and all(until < self._services.now for until in self._silent_relays.values()):
             for session in list(self._sessions.values()):
-                session.paths.leave_stream()
+                session.paths.detour.leave()
 
     def _lost(self, line: Line) -> None:
         """A stream to a hub ended: another way for the SA on it, which may well be UDP."""

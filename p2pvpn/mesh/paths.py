@@ -27,7 +27,8 @@ from p2pvpn.punch.credentials import derive
 from p2pvpn.punch.events import PathLost, PathNominated, PunchFailed
 
 from .backoff import Backoff
-from .connect import ConnectError, Finder
+from .connect import Finder
+from .detour import Detour
 from .events import MeshEvent, PathChanged, Refused
 from .hardnat import Context as HardNatContext
 from .hardnat import HardNat
@@ -44,8 +45,6 @@ GIVE_UP_MOVES = 2
 """Fresh relays, agreed on with the peer a moment ago, over which an SA may not answer before it counts as lost."""
 RETRY_MAX_S = 4.0
 """Between calls for a fresh relay."""
-MOVE_S = 6.0
-"""How long a move may take until it has failed."""
 CHANCE_S = 0.5
 """Whoever may not move an SA waits so long for the one who may."""
 
@@ -142,7 +141,7 @@ class Paths:
         self._seen_at: IpAddress | None = None
         """Where a hub saw the peer, when it was last called."""
         self._rescue: asyncio.Task[None] | None = None
-        self._leaving: asyncio.Task[None] | None = None
+        self.detour = Detour(services, context, owner, self)
         self.hard_nat = HardNat(services, context, owner)
 
     def kind(self, sa: LiveSa) -> PathKind:
@@ -287,7 +286,7 @@ class Paths:
             case PathNominated(path=path):
                 self.hard_nat.nominated(path)
                 if sa.initiator and sa.id in self._owner.sas:
-                    self._move(sa, path, "better")
+                    self.move(sa, path, "better")
             case PathLost(path=path, reason=reason):
                 # It may be our own NAT that forgot us: the relay and the hubs should know our new address soon.
                 self._services.suspect()
@@ -300,7 +299,8 @@ class Paths:
 
     # Moves.
 
-    def _move(self, sa: LiveSa, path: Path, reason: str) -> None:
+    def move(self, sa: LiveSa, path: Path, reason: str) -> None:
+        """Take an SA that we began to another path."""
         if path != sa.path:
             sa.move_reason = reason
             sa.settled.clear()
@@ -309,7 +309,7 @@ class Paths:
     def take_relay(self, sa: LiveSa, relay: RelayPath, reason: str) -> None:
         """A better relay, where the peer waits, for an SA of ours that is on another one still."""
         if sa is self._owner.current and sa.relayed and not self.is_in_trouble:
-            self._move(sa, relay.path, reason)
+            self.move(sa, relay.path, reason)
 
     def moved(self, sa: LiveSa, path: Path) -> None:
         """MOBIKE moved an SA, by either side."""
@@ -343,7 +343,7 @@ class Paths:
         if sa.apart_until is not None and now >= sa.apart_until:
             sa.apart_until = None
             if sa.initiator:
-                self._move(sa, chosen, "better")
+                self.move(sa, chosen, "better")
             else:
                 self._services.ike.inform(sa.id, (Notify(MOVE_WANTED),))
         if sa.apart_until is None:
@@ -380,35 +380,6 @@ class Paths:
             sa.relay = None
             await self._save(sa, problem)
 
-    def take(self, sa: LiveSa, path: Path, reason: str) -> None:
-        """Move an SA that we began to this path."""
-        self._move(sa, path, reason)
-
-    def leave_stream(self) -> None:
-        """UDP works again: replace a relay on a stream by one that is not, and move over."""
-        sa = self._owner.current
-        is_under_way = self._leaving is not None and not self._leaving.done()
-        if sa is not None and sa.relay is not None and sa.relay.endpoint.is_stream and not is_under_way:
-            self._leaving = self._services.tasks.start(
-                self._replace_relay(sa, sa.relay), f"leave TCP to {self._owner.name}"
-            )
-
-    async def _replace_relay(self, sa: LiveSa, old: RelayPath) -> None:
-        try:
-            relay = await self._context.relay_anew(self._owner.overlay, old.endpoint)
-        except P2pvpnError as problem:
-            self._owner.last_failure = f"leave TCP: {problem}"
-            return
-        if sa is not self._owner.current or relay.endpoint.is_stream:
-            return
-        if sa.path.remote == old.endpoint:
-            if sa.initiator:
-                self._move(sa, relay.path, "UDP works")
-        elif sa.relay is old:
-            relay.claimed = True
-            sa.relay = relay
-            self.release()
-
     async def _doubt_hub(self, sa: LiveSa) -> None:
         """A hub is silent: perhaps UDP does not reach it any more, or it does not know us any more."""
         if await set_within(sa.alive, self._services.tuning.stream_after_s):
@@ -416,18 +387,7 @@ class Paths:
         self._context.hub_silent()
         async with asyncio.TaskGroup() as both:
             both.create_task(revive(self._context, self._services, self._owner.overlay, sa), name="revive")
-            both.create_task(self._try_stream(sa), name="try TCP")
-
-    async def _try_stream(self, sa: LiveSa) -> None:
-        try:
-            path = await self._context.line_to(self._owner.overlay)
-            if sa is self._owner.current and not sa.alive.is_set():
-                self._move(sa, path, "UDP is silent")
-                await set_within(sa.settled, MOVE_S)
-        except ConnectError as problem:
-            self._owner.last_failure = str(problem)
-        finally:
-            self._context.tidy_lines(self._owner.overlay)
+            both.create_task(self.detour.take(sa), name="try TCP")
 
     def fall_back(self, reason: str) -> None:
         """The path in use is dead: take the relay, the one we have or a new one."""
@@ -448,10 +408,11 @@ class Paths:
         elif not sa.initiator or self._owner.with_hub:
             return
         elif self.kind(sa) is PathKind.RELAYED:
-            self._move(sa, relay.path, "the peer called")
+            self.move(sa, relay.path, "the peer called")
         else:
             relay.claimed = True
             sa.relay = relay
+            self.release()
             self.suspect()
 
     def _begin(self, work: Coroutine[Any, Any, None], what: str) -> None:
@@ -467,7 +428,7 @@ class Paths:
         if not sa.initiator:
             await asyncio.sleep(CHANCE_S)
         elif sa.relay is not None and sa.relay.endpoint != dead.remote and await sa.relay.confirm():
-            self._move(sa, sa.relay.path, reason)
+            self.move(sa, sa.relay.path, reason)
             await set_within(sa.settled, ANSWER_S)
         backoff = Backoff(self._services.tuning.retry_first_s, RETRY_MAX_S, self._services.entropy)
         unanswered = 0
@@ -483,7 +444,7 @@ class Paths:
             sa.settled.clear()
             if sa.initiator:
                 sa.relay = relay
-                self._move(sa, relay.path, reason)
+                self.move(sa, relay.path, reason)
             await set_within(sa.settled, self._services.tuning.call_timeout_s)
             unanswered += 1
             if unanswered >= GIVE_UP_MOVES and self._is_stuck(sa, dead) and not sa.alive.is_set():
