@@ -22,7 +22,8 @@ from .pings import ping
 
 pytestmark = [pytest.mark.netns, pytest.mark.slow, pytest.mark.timeout(120)]
 NAMES = ["IPv4", "IPv6"]
-IN_FLIGHT_S = 0.02
+IN_FLIGHT_S = 0.15
+"""Also in the queue of a worker that has to wait for a CPU."""
 
 
 class Stream:
@@ -204,7 +205,7 @@ def test_moves_to_other_ports_addresses_and_families_keep_the_numbers(wire):
         b.ask("move", sa, remote, local)
         a.ask("move", sa, local, remote)
         moves.append((began - IN_FLIGHT_S, time.monotonic() + IN_FLIGHT_S))
-        time.sleep(0.1)
+        time.sleep(3 * IN_FLIGHT_S)
         usage = a.ask("usage", [sa])[str(sa)]
         assert usage["sequence_out"] > sequence
         assert usage["packets_out"] == usage["sequence_out"]
