@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 from p2pvpn.cli import main
 from p2pvpn.core.errors import Fault, LocalError, P2pvpnError, RemoteError, TrustError, WireError
 
@@ -24,3 +26,17 @@ def test_an_error_has_the_fault_of_its_kind_unless_it_says_another() -> None:
     assert P2pvpnError("x").fault is LocalError("x").fault is RemoteError("x").fault is Fault.FAILED
     assert WireError("x").fault is TrustError("x").fault is Fault.REFUSED
     assert TrustError("x", fault=Fault.UNREACHABLE).fault is Fault.UNREACHABLE
+
+
+def test_ctrl_c_while_a_command_is_still_loading_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main.LazyGroup, "get_command", interrupted)
+    monkeypatch.setattr("sys.argv", ["p2pvpn", "status"])
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    assert ended.value.code == main.EXIT_INTERRUPTED
+    assert capsys.readouterr().err.startswith("error: interrupted")
