@@ -4,7 +4,7 @@
     hub  -> hub   the same
 
 The witness is the hub whose own sight is asked for; another hub that is asked asks it. So a peer that is attached to
-only one hub of the target has two words all the same, and `witnesses` takes care that no single hub has a part in both.
+only one hub of the target has two words all the same, and `independent` takes care that no hub has a part in two.
 The witness judges by the certificate whether the document lets the asker talk to the target.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import dataclass
 from ipaddress import IPv6Address
 
 from p2pvpn.core.address import IpAddress
@@ -27,29 +28,49 @@ from .hubside import Registry
 WHERE = "where"
 WHERE_TIMEOUT_S = 1.5
 FORWARD_TIMEOUT_S = 1.0
+MAX_ASKED = 4
+"""Hubs of ours, and of the target; both have two or three."""
 
 
-def witnesses(attached: Sequence[Hub], of_target: Sequence[PeerId]) -> list[tuple[Hub, PeerId]]:
-    """Which of our hubs to ask for the sight of which of the target's: each hub has a part in one word at most."""
-    own = [(hub, hub.peer_id) for hub in attached if hub.peer_id in of_target]
-    others = [hub for hub in attached if hub.peer_id not in of_target]
-    unseen = [peer_id for peer_id in of_target if all(hub.peer_id != peer_id for hub, _ in own)]
-    return own + list(zip(others, unseen, strict=False))
+@dataclass(frozen=True, slots=True)
+class Word:
+    """What the `witness` sees by the word of the hub that was asked, which may be itself."""
+
+    asked: PeerId
+    witness: PeerId
+    address: IpAddress
+
+
+def independent(words: Sequence[Word]) -> dict[IpAddress, frozenset[bytes]]:
+    """By address, witnesses of words of which no two have a hub in common."""
+    found: dict[IpAddress, frozenset[bytes]] = {}
+    involved: dict[IpAddress, set[PeerId]] = {}
+    for word in sorted(words, key=lambda word: word.asked != word.witness):
+        hubs = involved.setdefault(word.address, set())
+        if word.asked not in hubs and word.witness not in hubs:
+            hubs.update((word.asked, word.witness))
+            found[word.address] = found.get(word.address, frozenset()) | {bytes(word.witness)}
+    return found
 
 
 async def ask(
     rpc: RpcNode, attached: Sequence[Hub], target: PeerId, of_target: Sequence[PeerId], certificate: bytes
 ) -> dict[IpAddress, frozenset[bytes]]:
-    """Addresses of the target and the witnesses for each."""
-    asked = witnesses(attached, of_target)
-    words = await asyncio.gather(
+    """Addresses of the target and independent witnesses for each. `of_target` may be out of date, so every hub of ours
+    is asked what it sees and what each of them does.
+    """
+    asked = [
+        (hub, witness)
+        for hub in attached[:MAX_ASKED]
+        for witness in dict.fromkeys((hub.peer_id, *of_target[:MAX_ASKED]))
+    ]
+    answers = await asyncio.gather(
         *(_ask_one(rpc, hub.overlay, [bytes(target), bytes(witness), certificate]) for hub, witness in asked)
     )
-    found: dict[IpAddress, frozenset[bytes]] = {}
-    for (_, witness), word in zip(asked, words, strict=True):
-        if word is not None:
-            found[word] = found.get(word, frozenset()) | {bytes(witness)}
-    return found
+    pairs = zip(asked, answers, strict=True)
+    return independent(
+        [Word(hub.peer_id, witness, address) for (hub, witness), address in pairs if address is not None]
+    )
 
 
 async def _ask_one(rpc: RpcNode, hub: IPv6Address, question: list[object]) -> IpAddress | None:
