@@ -45,7 +45,7 @@ class HubSession(Protocol):
     def connected(self) -> bool: ...
 
     @property
-    def is_in_trouble(self) -> bool: ...
+    def is_silent(self) -> bool: ...
 
     def want(self) -> None: ...
 
@@ -121,20 +121,20 @@ class Attachments:
         """Keep attached until cancelled."""
         while True:
             missing = self._start_missing()
-            surplus = [] if missing else self._surplus()
+            crowded = self._wanted is not None and len(self.connected()) > self._wanted
             self._wake.clear()
             try:
-                pause_s = self._backoff.next_pause() if missing else SURPLUS_S if surplus else None
+                pause_s = self._backoff.next_pause() if missing else SURPLUS_S if crowded else None
                 async with asyncio.timeout(pause_s):
                     await self._wake.wait()
             except TimeoutError:
-                for session in surplus:
+                for session in self._surplus():
                     session.disconnect("enough hubs")
 
     def _surplus(self) -> list[HubSession]:
         """Tunnels more than wanted, when all of them work."""
         sessions = [self._session(hub.overlay) for hub in self.connected()]
-        if self._wanted is None or any(session.is_in_trouble for session in sessions):
+        if self._wanted is None or any(session.is_silent for session in sessions):
             return []
         return sessions[self._wanted :]
 
@@ -142,7 +142,7 @@ class Attachments:
         """Begin with as many hubs as are missing; whether any is missing."""
         ordered = self._ordered()
         sessions = [self._session(hub.overlay) for hub in ordered]
-        up = sum(session.connected and not session.is_in_trouble for session in sessions)
+        up = sum(session.connected and not session.is_silent for session in sessions)
         wanted = len(ordered) if self._wanted is None else min(self._wanted, len(ordered))
         missing = wanted - up
         for hub in ordered:

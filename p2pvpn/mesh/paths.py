@@ -141,6 +141,7 @@ class Paths:
         self._seen_at: IpAddress | None = None
         """Where a hub saw the peer, when it was last called."""
         self._rescue: asyncio.Task[None] | None = None
+        self.is_hub_silent = False
         self.detour = Detour(services, context, owner, self)
         self.hard_nat = HardNat(services, context, owner)
 
@@ -384,10 +385,12 @@ class Paths:
         """A hub is silent: perhaps UDP does not reach it any more, or it does not know us any more."""
         if await set_within(sa.alive, self._services.tuning.stream_after_s):
             return
+        self.is_hub_silent = True
         self._context.hub_silent()
-        async with asyncio.TaskGroup() as both:
-            both.create_task(revive(self._context, self._services, self._owner.overlay, sa), name="revive")
-            both.create_task(self.detour.take(sa), name="try TCP")
+        try:
+            await asyncio.gather(revive(self._context, self._services, self._owner.overlay, sa), self.detour.take(sa))
+        finally:
+            self.is_hub_silent = False
 
     def fall_back(self, reason: str) -> None:
         """The path in use is dead: take the relay, the one we have or a new one."""

@@ -84,9 +84,9 @@ class Session:
         return self._silence.doubts > 0
 
     @property
-    def is_in_trouble(self) -> bool:
-        """Whether the way to the peer is in doubt."""
-        return self.paths.is_in_trouble
+    def is_silent(self) -> bool:
+        """Whether a hub has said nothing for a while, although it was asked."""
+        return self.paths.is_hub_silent
 
     @property
     def with_hub(self) -> bool:

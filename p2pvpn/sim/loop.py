@@ -36,6 +36,8 @@ DEFAULT_LIMIT_S = 3_600.0
 """Virtual seconds that `run` allows unless told otherwise."""
 SPIN_LIMIT = 1_000_000
 """Turns of the loop at one instant before somebody is said to spin; a busy instant of 1,000 hosts needs 1 %."""
+ROUNDING_S = 1e-9
+"""A timer of a machine with a clock of its own never goes off before its time by that clock, for want of digits."""
 UNWIND_S = 60.0
 """Virtual seconds that cancelled tasks get for their last words."""
 
@@ -128,7 +130,8 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     ) -> asyncio.TimerHandle:
         """`when` is in the time of the machine whose context it is."""
         if self._has_sleepers:
-            when += self._slept_s(context)
+            slept_s = self._slept_s(context)
+            when += slept_s + (ROUNDING_S if slept_s else 0.0)
         return super().call_at(when, callback, *args, context=context)
 
     @property
