@@ -34,7 +34,7 @@ RATE = float(os.environ.get("P2PVPN_FLOOD_RATE", "5000"))
 MEMBER_RATE = RATE / 5
 """A member costs a hub a decryption for each datagram."""
 CALLS_RATE = 10_000.0
-CALL_S = 0.5
+CALL_S = 1.0
 """Of another member's calls meanwhile, 99 of 100 take no longer: on two cores for all machines of the laboratory."""
 SECONDS = float(os.environ.get("P2PVPN_FLOOD_S", "2"))
 HUB, BOX, EVIL = "192.0.2.1", "192.0.2.100", "203.0.113.66"
