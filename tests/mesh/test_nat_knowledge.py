@@ -212,7 +212,7 @@ def test_a_hub_that_was_started_anew_is_found_out_by_the_next_keepalive() -> Non
         await asyncio.sleep(150.0)
         session: Session | None = life.network(life.a).sessions.get(hub.overlay)
         assert session is None or session.current is None or session.current.established_at > 900.0
-        assert len(life.network(life.a).hub_ends()) == HUBS_WANTED
+        assert len(life.network(life.a).hub_ends()) >= HUBS_WANTED
 
     life.run(story())
 

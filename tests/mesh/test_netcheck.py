@@ -47,7 +47,7 @@ def test_every_kind_of_nat_is_told(kind: str, truth: tuple[str, str, str, bool |
         assert len(ipv4["seen"]) == 3
         assert "summary" in ipv6
         assert "mapping" not in ipv6
-        assert [hub["attached"] for hub in found["hubs"]].count(True) == 2
+        assert [hub["attached"] for hub in found["hubs"]].count(True) >= 2
         assert all(10.0 < hub["rtt_ms"] < 200.0 for hub in found["hubs"])
 
     life.run(story())
