@@ -13,6 +13,7 @@ from p2pvpn.core.address import Endpoint, IpNetwork, Path
 from p2pvpn.core.errors import Fault, LocalError
 
 from .netlink import Gateway, LocalAddress, Netlink
+from .sleep import SleepWatch
 from .udp import (
     ANCILLARY_BYTES,
     MAX_DATAGRAM_BYTES,
@@ -45,6 +46,10 @@ def _ignore_change() -> None:
     """Before the engine listens."""
 
 
+def _ignore_resume(slept_s: float) -> None:
+    """Before the engine listens."""
+
+
 class Underlay:
     """Implements `mesh.ports.Underlay`. Make it with `open`; `esp_sockets` are for the plane."""
 
@@ -52,6 +57,7 @@ class Underlay:
         self.on_datagram: Callable[[Path, bytes], None] = _ignore_datagram
         self.screen: Callable[[tuple[str, int], bytes], bytes | None] = _screen_nothing
         self.on_change: Callable[[], None] = _ignore_change
+        self.on_resume: Callable[[float], None] = _ignore_resume
         self._shared = shared
         self._netlink = netlink
         self._addresses = addresses
@@ -67,6 +73,7 @@ class Underlay:
             self._listen(pair.control, shared.port)
             self._loop.add_reader(pair.strangers, self._receive, pair.strangers, shared.port)
         netlink.watch(self._on_change)
+        self._sleep = SleepWatch(self._woke)
 
     @classmethod
     async def open(cls, netlink: Netlink, port: int = 4500) -> Underlay:
@@ -79,6 +86,7 @@ class Underlay:
     def close(self) -> None:
         """Close every socket of the port, the plane's included."""
         self._netlink.unwatch(self._on_change)
+        self._sleep.close()
         if self._looking is not None:
             self._looking.cancel()
         for pair in self._shared.pairs:
@@ -194,6 +202,9 @@ class Underlay:
             if host is not None:
                 path = Path(Endpoint(host, port), Endpoint.of(source[0], source[1]))
                 self.on_datagram(path, data)
+
+    def _woke(self, slept_s: float) -> None:
+        self.on_resume(slept_s)
 
     def _on_change(self) -> None:
         if self._looking is not None:

@@ -137,12 +137,19 @@ class IkeEndpoint:
         """
         return self._with(sa_id, now, lambda sa: _go_on(sa, path, answer, now))
 
-    def move(self, sa_id: int, path: Path, now: float) -> list[Output]:
+    def move(self, sa_id: int, path: Path, now: float, *, eager: bool = False) -> list[Output]:
         """MOBIKE to another path, for the original initiator alone. Ends in SaMoved or MoveFailed.
 
-        To the path in use: the peer learns where a NAT makes us appear now; only a failure is told.
+        To the path in use: the peer learns where a NAT makes us appear now; only a failure is told. With `eager`, Child
+        SAs go over the new path from now on: the old one is dead.
         """
-        return self._with(sa_id, now, lambda sa: sa.move(path, now))
+        return self._with(sa_id, now, lambda sa: sa.move(path, now, eager=eager))
+
+    def appeal(self, sa_id: int, path: Path, notifies: Sequence[Notify], now: float) -> list[Output]:
+        """The responder's way out of a dead path: these go to the peer over another one, which our side then uses
+        (SaMoved), and the peer, hearing of it by Informed, moves the SA there. A failure is not told.
+        """
+        return self._with(sa_id, now, lambda sa: sa.appeal(path, tuple(notifies), now))
 
     def adopt(self, sa_id: int, path: Path, now: float) -> list[Output]:
         """Use this path from now on without asking: for a NAT's new port in front of a peer without MOBIKE."""

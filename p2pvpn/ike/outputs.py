@@ -180,10 +180,11 @@ class MoveFailed(Event):
 
 @dataclass(frozen=True, slots=True)
 class Informed(Event):
-    """Status notifications of the peer in an INFORMATIONAL request, authenticated and in order."""
+    """Status notifications of the peer in an INFORMATIONAL request, authenticated and in order; it came over `path`."""
 
     sa: int
     notifies: tuple[Notify, ...]
+    path: Path
 
 
 @dataclass(frozen=True, slots=True)

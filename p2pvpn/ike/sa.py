@@ -42,7 +42,7 @@ from .tasks.create import CreateChild, close_child
 from .tasks.followup import Creation, Half
 from .tasks.inform import Inform, Probe, delete_request
 from .tasks.init import Handshake, PeerFeatures
-from .tasks.mobike import Move, begin_move
+from .tasks.mobike import Move, begin_appeal, begin_move
 from .tasks.rekey import RekeyIke
 from .tasks.task import Task
 from .timers import Timer
@@ -160,13 +160,19 @@ class IkeSa:
 
     # Wishes of the engine
 
-    def move(self, path: Path, now: float) -> None:
+    def move(self, path: Path, now: float, *, eager: bool = False) -> None:
         """MOBIKE to another path; original initiator only. To the path in use: our NAT maps us anew, say so."""
         if self.state is not State.ESTABLISHED or not self.dialled or not self.peer.mobike:
             self.emit(MoveFailed(self.id, path, "only the original initiator of an established MOBIKE SA moves it"))
             return
-        begin_move(self, path, now)
+        begin_move(self, path, now, eager=eager)
         self._pump(now)
+
+    def appeal(self, path: Path, notifies: tuple[Notify, ...], now: float) -> None:
+        """Ask the one who may move the SA to move it here; for the responder of an established MOBIKE SA."""
+        if self.state is State.ESTABLISHED and not self.dialled and self.peer.mobike:
+            begin_appeal(self, path, notifies, now)
+            self._pump(now)
 
     def adopt(self, path: Path, now: float) -> None:
         """Use this path without asking the peer."""

@@ -8,6 +8,7 @@ watches; whatever ends a tunnel wakes it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -67,6 +68,7 @@ class Attachments:
         self._failures: dict[IPv6Address, int] = {}
         self._up: set[IPv6Address] = set()
         self._wake = asyncio.Event()
+        self._news = asyncio.Event()
         self._backoff = Backoff(services.tuning.retry_first_s, services.tuning.retry_max_s, services.entropy)
 
     def set_hubs(self, hubs: Sequence[Hub]) -> None:
@@ -84,6 +86,19 @@ class Attachments:
         """A tunnel is in doubt: look again now."""
         self._wake.set()
 
+    def forgive(self) -> None:
+        """What failed did so because of us (the machine slept): the order of the hubs is the first one again."""
+        self._failures.clear()
+        self.wake()
+
+    async def any_attached(self, limit_s: float) -> None:
+        """Wait for a tunnel to any hub, for so long."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(limit_s):
+                while not self.connected():
+                    self._news.clear()
+                    await self._news.wait()
+
     def lost(self, overlay: IPv6Address) -> None:
         """A tunnel to a hub ended, or an attempt failed."""
         if overlay in self._hubs:
@@ -93,6 +108,7 @@ class Attachments:
 
     def attached(self, overlay: IPv6Address) -> bool:
         """A tunnel to a hub came up; whether that is news."""
+        self._news.set()
         news = overlay not in self._up
         self._up.add(overlay)
         self._failures.pop(overlay, None)

@@ -13,7 +13,8 @@ from .services import Services
 from .waiting import set_within
 
 if TYPE_CHECKING:
-    from .paths import Context, LiveSa, Owner, Paths
+    from .live import LiveSa
+    from .paths import Context, Owner, Paths
 
 MOVE_S = 6.0
 """How long a move may take until it has failed."""

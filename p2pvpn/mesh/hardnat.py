@@ -55,7 +55,7 @@ from .pump import Pump
 from .services import Services
 
 if TYPE_CHECKING:
-    from .paths import LiveSa
+    from .live import LiveSa
 
 START_AFTER_S = 0.6
 """Ordinary checks have found what they can by then."""

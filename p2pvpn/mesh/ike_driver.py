@@ -146,9 +146,13 @@ class IkeDriver:
         """Delete an SA."""
         self.post(lambda now: self.endpoint.close(sa_id, now, reason))
 
-    def move(self, sa_id: int, path: Path) -> None:
-        """Take an SA that we initiated to another path."""
-        self.post(lambda now: self.endpoint.move(sa_id, path, now))
+    def move(self, sa_id: int, path: Path, *, eager: bool = False) -> None:
+        """Take an SA that we initiated to another path; `eager` when the old one is dead."""
+        self.post(lambda now: self.endpoint.move(sa_id, path, now, eager=eager))
+
+    def appeal(self, sa_id: int, path: Path, notifies: tuple[Notify, ...]) -> None:
+        """Have an SA that the peer initiated moved to another path."""
+        self.post(lambda now: self.endpoint.appeal(sa_id, path, notifies, now))
 
     def drop(self, sa_id: int, reason: str) -> None:
         """Forget an SA without a word to the peer."""

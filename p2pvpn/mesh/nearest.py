@@ -24,8 +24,8 @@ from p2pvpn.core.wire import Reader
 from p2pvpn.ike.notifies import Notify
 
 from .attach import Attachments, Hub
+from .live import LiveSa, PathKind
 from .notices import RTTS, RTTS_WANTED, find
-from .paths import LiveSa, PathKind
 from .rendezvous import Rendezvous
 from .services import Services
 from .session import Session

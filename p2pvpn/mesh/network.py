@@ -245,7 +245,7 @@ class Network:
     def _tell_everybody(self, notifies: tuple[Notify, ...], *, punching_only: bool = False) -> None:
         for session in self.sessions.values():
             if session.current is not None and (session.current.agent is not None or not punching_only):
-                self._services.ike.inform(session.current.id, notifies)
+                session.paths.tell(session.current, notifies)
 
     # Sessions.
 
@@ -391,10 +391,10 @@ class Network:
                 session = self._by_sa.get(sa)
                 if session is not None:
                     session.alive(sa)
-            case Informed(sa=sa, notifies=notifies):
+            case Informed(sa=sa, notifies=notifies, path=path):
                 session = self._by_sa.get(sa)
                 if session is not None:
-                    session.informed(sa, notifies)
+                    session.informed(sa, notifies, path)
                     self.nearest.heard(session, notifies)
                     self._compare_version(session, notifies)
 
@@ -440,6 +440,16 @@ class Network:
             session.network_changed()
         self._tell_everybody(self._place_notifies(), punching_only=True)
         self.directory.publish_soon()
+
+    async def resumed(self, slept_s: float) -> None:
+        """The machine was asleep: what its peers have forgotten meanwhile is made anew, the rest is verified."""
+        for session in list(self.sessions.values()):
+            session.slept(slept_s)
+        await self._services.ike.drained()
+        self.attachments.forgive()
+        self.network_changed()
+        for session in list(self.sessions.values()):
+            session.suspect()
 
     def hub_endpoints(self) -> Sequence[Endpoint]:
         """Where hubs answer STUN: those we are attached to, at the address that we use."""

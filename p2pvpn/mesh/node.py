@@ -98,7 +98,9 @@ class Node:
         self._network_of: dict[int, Network] = {}
         """Network by IKE SA."""
         children = count(1)
-        settings = IkeSettings(liveness_s=tuning.liveness_s, nat_keepalive_s=None, move_tries=MOVE_TRIES)
+        settings = IkeSettings(
+            liveness_s=tuning.liveness_s, nat_keepalive_s=None, move_tries=MOVE_TRIES, routable=self._is_proven
+        )
         sink = key_log.line if key_log is not None else None
         endpoint = IkeEndpoint(settings, entropy, lambda: next(children), self._allocate_spi, sink)
         lines = Lines(streams, tuning.stream_linger_s)
@@ -139,6 +141,7 @@ class Node:
         underlay.on_datagram = self._on_datagram
         underlay.screen = self._screen
         underlay.on_change = self.network_changed
+        underlay.on_resume = self._resumed
         plane.on_trapped = self._on_trapped
         plane.on_moved = self._on_moved
         if port_mapper is not None:
@@ -238,6 +241,13 @@ class Node:
             "cookies_asked": counts.cookies_asked,
             "half_open": endpoint.half_open,
         }
+
+    def _is_proven(self, remote: Endpoint) -> bool:
+        """Whether what is sent there reaches a peer: a relay that we bound to, or a path that answers our checks."""
+        agents = self.services.agents
+        return remote in self.services.relays.endpoints or any(
+            agent.selected is not None and agent.selected.remote == remote and not agent.is_silent for agent in agents
+        )
 
     # Inbound.
 
@@ -385,6 +395,14 @@ class Node:
             self._reflexive.forget()
         self._look_outside()
         self._moved_soon()
+
+    def _resumed(self, slept_s: float) -> None:
+        """The machine was suspended: its NAT, its peers and its hubs may have given it up."""
+        self.services.punch_limits.update_subnets(self._underlay.local_networks())
+        self.services.relays.network_changed()
+        for network in self.networks.values():
+            self.services.tasks.start(network.resumed(slept_s), "resume")
+        self._look_outside()
 
     def _moved_soon(self) -> None:
         """Several hubs answer within a moment: one change."""

@@ -13,7 +13,8 @@ CANDIDATES = 41001
 DOCUMENT_VERSION = 41002
 """Version and hash of the network document that the sender has."""
 MOVE_WANTED = 41003
-"""The sender checked the direct path and is not on it: the SA's initiator shall move it there (again). No data."""
+"""To the SA's initiator: the sender checked the direct path and is not on it, so move it there (again); over a relay:
+the sender is cut off on the SA's path, so move it to the relay. No data."""
 NAT = 41004
 """What the sender knows of the NAT in front of it (`punch.traversal.encode_nat`)."""
 RUN = 41005

@@ -1,7 +1,8 @@
 """The ways to one peer: relays at hand, punching for the direct one, and what to do when the one in use dies.
 
-- The SA's initiator moves it (RFC 4555 section 3.5). A dead path is left for the relay at hand; if the peer does not
-  answer over that either, for a fresh one, for which the peer is called.
+- The SA's initiator moves it (RFC 4555 section 3.5); the responder asks it to, over the relay. A path is left for the
+  relay at hand as soon as one check of it is late, and taken again when it answers; if the peer does not answer over
+  the relay either, a fresh one is taken, for which the peer is called.
 - A call says whether we have an SA with the peer. A peer that has none any more (it crashed) begins anew over the
   relay; one that has it, and is its initiator, moves it there. So either end can save the other.
 - A better path is taken when the punching agent nominates it.
@@ -11,8 +12,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Mapping
-from dataclasses import dataclass, field
-from enum import Enum
 from ipaddress import IPv6Address
 from typing import Any, Protocol
 
@@ -22,9 +21,9 @@ from p2pvpn.core.output import Output
 from p2pvpn.identity.member import Member
 from p2pvpn.ike.notifies import Notify
 from p2pvpn.punch.agent import PunchAgent
-from p2pvpn.punch.candidates import Candidate, CandidateKind, decode_candidates_untrusted
+from p2pvpn.punch.candidates import Candidate, decode_candidates_untrusted, encode_candidates
 from p2pvpn.punch.credentials import derive
-from p2pvpn.punch.events import PathLost, PathNominated, PunchFailed
+from p2pvpn.punch.events import PathLost, PathNominated, PathSilent, PunchFailed
 
 from .backoff import Backoff
 from .connect import Finder
@@ -32,6 +31,7 @@ from .detour import Detour
 from .events import MeshEvent, PathChanged, Refused
 from .hardnat import Context as HardNatContext
 from .hardnat import HardNat
+from .live import APART_MAX_S, APART_S, FORWARDED, LiveSa, PathKind
 from .notices import CANDIDATES, MOVE_WANTED, find
 from .pump import Pump
 from .relaying import RelayPath
@@ -41,51 +41,12 @@ from .waiting import set_within
 
 ANSWER_S = 0.6
 """How long a peer may take to answer over a path that is fine as far as we can see, before another is tried."""
+VERDICT_S = 0.3
+"""A path that was doubted so lately is being verified."""
 GIVE_UP_MOVES = 2
 """Fresh relays, agreed on with the peer a moment ago, over which an SA may not answer before it counts as lost."""
 RETRY_MAX_S = 4.0
 """Between calls for a fresh relay."""
-CHANCE_S = 0.5
-"""Whoever may not move an SA waits so long for the one who may."""
-
-
-APART_S, APART_MAX_S = 3.0, 60.0
-"""A move takes a round trip or two; when the SA still is not on the chosen path after this, it is moved again, later
-after twice as long."""
-
-
-class PathKind(Enum):
-    DIRECT = "direct"
-    MAPPED = "mapped"
-    """Direct, by a port that a router forwards to one of the two."""
-    RELAYED = "relayed"
-
-
-FORWARDED = (CandidateKind.MAPPED, CandidateKind.DECLARED)
-
-
-@dataclass(slots=True, eq=False)
-class LiveSa:
-    """An established IKE SA with its Child SA; `relay` is the relay at hand, the one it began on at first."""
-
-    id: int
-    child_id: int
-    initiator: bool
-    established_at: float
-    path: Path
-    relayed: bool = False
-    relay: RelayPath | None = None
-    agent: PunchAgent | None = None
-    pump: Pump | None = None
-    replaced: bool = False
-    move_reason: str = "better"
-    apart_until: float | None = None
-    """The SA is not on the path that was chosen, and is moved again then."""
-    apart_s: float = APART_S
-    settled: asyncio.Event = field(default_factory=asyncio.Event)
-    """A move ended, well or not."""
-    alive: asyncio.Event = field(default_factory=asyncio.Event)
-    """The peer was heard since the path was doubted."""
 
 
 class Context(Finder, HardNatContext, Protocol):
@@ -144,6 +105,8 @@ class Paths:
         self.is_hub_silent = False
         self.detour = Detour(services, context, owner, self)
         self.hard_nat = HardNat(services, context, owner)
+        self._untold: tuple[Notify, ...] = ()
+        """What the peer is to know as soon as there is a path again."""
 
     def kind(self, sa: LiveSa) -> PathKind:
         if sa.relayed:
@@ -252,10 +215,10 @@ class Paths:
             del self._services.agents[sa.agent]
             sa.agent = sa.pump = None
 
-    def informed(self, sa: LiveSa, notifies: tuple[Notify, ...]) -> None:
+    def informed(self, sa: LiveSa, notifies: tuple[Notify, ...], path: Path) -> None:
         """The peer said something inside IKE: perhaps new candidates, or that it is not where we think."""
-        if find(notifies, MOVE_WANTED) is not None and sa.initiator and sa.agent is not None and sa.agent.selected:
-            self._services.ike.move(sa.id, sa.agent.selected)
+        if find(notifies, MOVE_WANTED) is not None and sa.initiator:
+            self._move_as_wanted(sa, path)
         if find(notifies, CANDIDATES) is not None and sa.agent is not None and sa.pump is not None:
             sa.pump.feed(sa.agent.update_remote(self._candidates_of(notifies), self._services.now))
         self.hard_nat.informed(sa, notifies)
@@ -271,6 +234,26 @@ class Paths:
                 self._services.ike.move(sa.id, sa.path)
                 if self._owner.with_hub:
                     self.suspect()
+        rescue = self._rescue
+        if rescue is not None and not rescue.done() and not self._owner.with_hub:
+            rescue.cancel()  # It waits for answers that the old network owes us.
+            self._rescue = None
+            self.fall_back("the network changed")
+
+    def _move_as_wanted(self, sa: LiveSa, path: Path) -> None:
+        relay = self.relays.get(path.remote)
+        if relay is not None:
+            if self.kind(sa) is not PathKind.RELAYED:
+                self.move(sa, relay.path, "the peer is cut off", eager=True)
+        elif sa.agent is not None and sa.agent.selected:
+            self._services.ike.move(sa.id, sa.agent.selected)
+
+    def tell(self, sa: LiveSa, notifies: tuple[Notify, ...]) -> None:
+        """Have the peer know this, over a path that works: a request that waits on a dead one is in the way."""
+        if self.is_in_trouble:
+            self._untold = notifies
+        else:
+            self._services.ike.inform(sa.id, notifies)
 
     def _candidates_of(self, notifies: tuple[Notify, ...]) -> tuple[Candidate, ...]:
         data = find(notifies, CANDIDATES)
@@ -288,6 +271,10 @@ class Paths:
                 self.hard_nat.nominated(path)
                 if sa.initiator and sa.id in self._owner.sas:
                     self.move(sa, path, "better")
+            case PathSilent(path=path):
+                answers = sa.alive.is_set()  # to IKE, over the same path: one check got lost
+                if sa is self._owner.current and sa.path == path and sa.relay is not None and not answers:
+                    self.fall_back("a check was not answered")
             case PathLost(path=path, reason=reason):
                 # It may be our own NAT that forgot us: the relay and the hubs should know our new address soon.
                 self._services.suspect()
@@ -300,12 +287,12 @@ class Paths:
 
     # Moves.
 
-    def move(self, sa: LiveSa, path: Path, reason: str) -> None:
-        """Take an SA that we began to another path."""
+    def move(self, sa: LiveSa, path: Path, reason: str, *, eager: bool = False) -> None:
+        """Take an SA that we began to another path; `eager` when the old one is dead."""
         if path != sa.path:
             sa.move_reason = reason
             sa.settled.clear()
-            self._services.ike.move(sa.id, path)
+            self._services.ike.move(sa.id, path, eager=eager)
 
     def take_relay(self, sa: LiveSa, relay: RelayPath, reason: str) -> None:
         """A better relay, where the peer waits, for an SA of ours that is on another one still."""
@@ -319,8 +306,12 @@ class Paths:
         sa.alive.set()
         if self._take_up(sa):
             self.release()
+        if self._untold and sa is self._owner.current:
+            notifies, self._untold = self._untold, ()
+            self._services.ike.inform(sa.id, notifies)
         if sa is self._owner.current:
-            reason, sa.move_reason = sa.move_reason, "better"
+            reason = sa.move_reason or ("better" if sa.initiator else "the peer moved it")
+            sa.move_reason = ""
             label, name = self._context.label, self._owner.name
             remote = self._services.lines.show(path.remote)
             self._context.emit(PathChanged(label, name, self.kind(sa).value, remote, reason))
@@ -355,9 +346,10 @@ class Paths:
 
     def suspect(self) -> None:
         """The path in use may be dead: find out now rather than at the next consent check."""
-        sa = self._owner.current
-        if sa is None:
+        sa, now = self._owner.current, self._services.now
+        if sa is None or now < sa.suspected_at + VERDICT_S:
             return
+        sa.suspected_at = now
         sa.alive.clear()
         self._services.suspect()
         if sa.relay is not None:
@@ -408,15 +400,8 @@ class Paths:
         sa = self._owner.current
         if sa is None:
             self._owner.begin_over(relay)
-        elif not sa.initiator or self._owner.with_hub:
-            return
-        elif self.kind(sa) is PathKind.RELAYED:
-            self.move(sa, relay.path, "the peer called")
-        else:
-            relay.claimed = True
-            sa.relay = relay
-            self.release()
-            self.suspect()
+        elif sa.initiator and not self._owner.with_hub:
+            self.move(sa, relay.path, "the peer called", eager=True)
 
     def _begin(self, work: Coroutine[Any, Any, None], what: str) -> None:
         if self.is_in_trouble:
@@ -428,11 +413,7 @@ class Paths:
         """Bring an SA to a path that works."""
         dead = sa.path
         sa.alive.clear()
-        if not sa.initiator:
-            await asyncio.sleep(CHANCE_S)
-        elif sa.relay is not None and sa.relay.endpoint != dead.remote and await sa.relay.confirm():
-            self.move(sa, sa.relay.path, reason)
-            await set_within(sa.settled, ANSWER_S)
+        await self._take_relay(sa, dead, reason)
         backoff = Backoff(self._services.tuning.retry_first_s, RETRY_MAX_S, self._services.entropy)
         unanswered = 0
         while self._is_stuck(sa, dead):
@@ -444,17 +425,31 @@ class Paths:
                 continue
             if not self._is_stuck(sa, dead):
                 return
-            sa.settled.clear()
-            if sa.initiator:
-                sa.relay = relay
-                self.move(sa, relay.path, reason)
-            await set_within(sa.settled, self._services.tuning.call_timeout_s)
+            sa.relay = relay
+            await self._go_to(sa, relay, reason, self._services.tuning.relay_dial_timeout_s)
             unanswered += 1
             if unanswered >= GIVE_UP_MOVES and self._is_stuck(sa, dead) and not sa.alive.is_set():
                 self._services.ike.drop(sa.id, f"the peer does not know the SA any more: {reason}")
                 return
 
+    async def _take_relay(self, sa: LiveSa, dead: Path, reason: str) -> None:
+        """Over to the relay at hand, if it works."""
+        relay = sa.relay
+        if relay is not None and relay.endpoint != dead.remote and await relay.confirm() and self._is_stuck(sa, dead):
+            await self._go_to(sa, relay, reason, ANSWER_S)
+
+    async def _go_to(self, sa: LiveSa, relay: RelayPath, reason: str, limit_s: float) -> None:
+        """Move there, or ask the peer to; returns when that is done or took too long."""
+        sa.settled.clear()
+        if sa.initiator:
+            self.move(sa, relay.path, reason, eager=True)
+        else:
+            sa.move_reason = reason
+            candidates = Notify(CANDIDATES, encode_candidates(self._context.local_candidates()))
+            self._services.ike.appeal(sa.id, relay.path, (Notify(MOVE_WANTED), candidates))
+        await set_within(sa.settled, limit_s)
+
     def _is_stuck(self, sa: LiveSa, dead: Path) -> bool:
         """Whether the SA still has nothing but the path that died."""
-        works_again = sa.agent is not None and sa.agent.selected == dead
+        works_again = sa.agent is not None and sa.agent.selected == dead and not sa.agent.is_silent
         return sa is self._owner.current and sa.path == dead and not works_again

@@ -29,6 +29,8 @@ class Underlay(Protocol):
     the datagram is to go its way. A flood must not cost more than that."""
     on_change: Callable[[], None]
     """Called when an address, a link or the default route of the machine changed."""
+    on_resume: Callable[[float], None]
+    """Called when the machine was suspended for so many seconds, in which the monotonic clock stood still."""
 
     @property
     def port(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Sequence
 
 from p2pvpn.core.address import Endpoint, Path, any_local
@@ -19,6 +20,8 @@ from .pump import Pump
 CONFIRM_MARGIN_S = 0.1
 """With two round trips: two or three packets to a relay that worked a moment ago. To be wrong costs one call."""
 AT_ONCE_S = 0.001
+FRESH_S = 0.2
+"""A relay that answered so lately is taken to work."""
 
 
 class RelayFailed(RemoteError):
@@ -34,6 +37,7 @@ class RelayPath:
         self.relay = relay
         """The port on the hub; the path leads there, or to the stream that stands for it."""
         self.claimed = False
+        self.answered_at = -math.inf
         self.on_lost: Callable[[RelayPath], None] | None = None
         self._bound: bool | None = None
         self._on_bound: Callable[[bool], None] | None = None
@@ -88,7 +92,9 @@ class RelayPath:
         self._pump.rebind(self.endpoint)
 
     async def confirm(self) -> bool:
-        """Rebind and wait: whether the relay still knows us."""
+        """Whether the relay knows us: it answered a moment ago, or answers a fresh bind."""
+        if self._pump.now - self.answered_at < FRESH_S:
+            return True
         try:
             await self._pump.confirm(self.endpoint)
         except RelayFailed:
@@ -115,6 +121,10 @@ class RelayClientPump:
         self._opened_at: dict[Endpoint, float] = {}
         self._timeout_s = timeout_s
         self._confirm_timeout_s = confirm_timeout_s
+
+    @property
+    def now(self) -> float:
+        return self._pump.now
 
     @property
     def endpoints(self) -> dict[Endpoint, RelayPath]:
@@ -188,6 +198,8 @@ class RelayClientPump:
 
     def network_changed(self) -> None:
         """Bind everything again: our address or our NAT may be another."""
+        for path in self._paths.values():
+            path.answered_at = -math.inf
         self._pump.feed(self._clients.network_changed(self._pump.now))
 
     def release(self, relay: Endpoint) -> None:
@@ -236,6 +248,8 @@ class RelayClientPump:
             case RelayReady(path=path, rtt_s=rtt_s):
                 relay = path.remote
                 self._rtts[relay] = rtt_s
+                if relay in self._paths:
+                    self._paths[relay].answered_at = self._pump.now
                 self._settle(relay, None)
                 if relay in self._paths:
                     elapsed_s = self._pump.now - self._opened_at[relay]

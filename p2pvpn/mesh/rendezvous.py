@@ -27,6 +27,8 @@ from .standing import Standing
 CALL_TIMEOUT_S = 3.0
 STAGGER_S = 0.4
 """A hub that takes longer to answer and relay is not waited for: the next one is asked too."""
+NO_HUB_S = 2.0
+"""How long a call waits for the first tunnel to a hub: after a start or a sleep it is on its way."""
 UNCLAIMED_S = 20.0
 """A relay on which no SA began is given up after this."""
 
@@ -64,6 +66,7 @@ class Rendezvous:
 
         Hubs that the peer is attached to are asked first, hubs at addresses that were `tried` last.
         """
+        await self._attachments.any_attached(NO_HUB_S)
         call = Call(target, self._standing.me.certificate, resume, ike)
         hubs = sorted(self._attachments.connected(), key=lambda hub: self._rank(hub, target, tried))
         problem = "no hub is attached"

@@ -15,7 +15,7 @@ from .standing import Standing
 
 RETRY_FIRST_S, RETRY_MAX_S = 5.0, 3600.0
 """Days are left at half-life; an hour between attempts is often enough."""
-LONGEST_SLEEP_S = 3600.0
+LONGEST_SLEEP_S = 60.0
 """The wall clock may be set, or the machine may sleep: look again now and then."""
 
 Renew = Callable[[Profile], Awaitable[None]]

@@ -21,7 +21,8 @@ from p2pvpn.ike.outputs import SaEstablished
 from .backoff import Backoff
 from .connect import Attempt, ConnectError, connect
 from .events import ConnectFailed, PeerConnected, PeerLost
-from .paths import Context, LiveSa, PathKind, Paths
+from .live import LiveSa, PathKind
+from .paths import Context, Paths
 from .ports import SaUsage
 from .relaying import RelayPath
 from .services import Services
@@ -146,6 +147,13 @@ class Session:
         self._backoff.reset()
         self._not_before = 0.0
         self.paths.network_changed()
+
+    def slept(self, slept_s: float) -> None:
+        """The machine was asleep: forget the SAs that the other end cannot have any more."""
+        tuning = self._services.tuning
+        if slept_s > (tuning.asleep_s if self.with_hub else tuning.forgotten_s):
+            for sa_id in self._sas:
+                self._services.ike.drop(sa_id, f"the machine slept for {slept_s:.0f} s")
 
     async def _connect(self, relay: RelayPath | None = None) -> None:
         tuning = self._services.tuning
@@ -288,11 +296,11 @@ class Session:
                 self._context.emit(PeerLost(self._context.label, self.name, reason))
         self.paths.release()
 
-    def informed(self, sa_id: int, notifies: tuple[Notify, ...]) -> None:
+    def informed(self, sa_id: int, notifies: tuple[Notify, ...], path: Path) -> None:
         """The peer said something inside IKE: perhaps new candidates."""
         sa = self._sas.get(sa_id)
         if sa is not None:
-            self.paths.informed(sa, notifies)
+            self.paths.informed(sa, notifies, path)
 
     # Care.
 

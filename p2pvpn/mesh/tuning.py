@@ -61,9 +61,13 @@ class Tuning:
     tunnels, PPPoE and mobile networks carry: nothing waits for path MTU discovery, which firewalls break."""
     sequence_limit: int = 3_000_000_000
     """Of 2^32 ESP sequence numbers without ESN; the SA is replaced when so many are used."""
-    loss_suspect_s: float = 0.25
+    loss_suspect_s: float = 0.1
     """Traffic goes out and nothing comes back for this long, or twice the round trip: the path is verified at once."""
-    watch_s: float = 0.1
+    asleep_s: float = 20.0
+    """After so long a sleep tunnels to hubs are made anew without asking: hubs count on a word every few seconds."""
+    forgotten_s: float = 5.0
+    """After so long a sleep a peer that sent us something has given us up: the next packet begins a new SA."""
+    watch_s: float = 0.05
     """Between looks at the counters of SAs with traffic; each is one message to the plane."""
     inspect_s: float = 1.0
     """The same for all SAs."""

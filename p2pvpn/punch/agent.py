@@ -31,7 +31,7 @@ from .candidates import Candidate
 from .checklist import CheckList
 from .choice import Choice
 from .credentials import IceCredentials
-from .events import PathLost, PathNominated, PunchFailed
+from .events import PathLost, PathNominated, PathSilent, PunchFailed
 from .limits import TA_S, PunchLimits
 from .messages import ROLE_CONFLICT, Messages
 from .outbox import Outbox, SentCheck
@@ -98,6 +98,11 @@ class PunchAgent:
     def selected(self) -> Path | None:
         """The chosen direct path, if there is one."""
         return self._selected.path if self._selected else None
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether the chosen path owes us an answer."""
+        return self._selected is not None and self._selected.misses > 0
 
     @property
     def _selected(self) -> Pair | None:
@@ -416,6 +421,8 @@ class PunchAgent:
             pair.misses += 1
             if pair is self._selected and pair.misses == 1:
                 self._rouse_others(now)
+                if pair.quick_s <= self._settings.verify_s:
+                    self.outbox.say(PathSilent(pair.path))
         self._probe(pair, now)
 
     def _rouse_others(self, now: float) -> None:

@@ -25,6 +25,13 @@ class PathNominated(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class PathSilent(Event):
+    """The chosen path was in doubt, and a check of it was not answered in time. PathLost follows, or it answers."""
+
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
 class PathLost(Event):
     """The chosen path does not work any more; another one, or it again, may be nominated later."""
 

@@ -46,11 +46,13 @@ class SimUnderlay:
     on_datagram: Callable[[Path, bytes], None]
     screen: Callable[[tuple[str, int], bytes], bytes | None]
     on_change: Callable[[], None]
+    on_resume: Callable[[float], None]
 
     def __init__(self, host: SimHost, ports: Sequence[int]) -> None:
         self.on_datagram = _ignore_datagram
         self.screen = _screen_nothing
         self.on_change = _ignore_change
+        self.on_resume = _ignore_resume
         self.ports = tuple(ports)
         """Port numbers that the socket listens on: the shared one first, then those where only STUN is answered."""
         self.extra_ports: set[int] = set()
@@ -117,6 +119,11 @@ class SimUnderlay:
         """Links or addresses of the host are other than before."""
         if not self._closed:
             self.on_change()
+
+    def woke(self, slept_s: float) -> None:
+        """The machine was asleep."""
+        if not self._closed:
+            self.on_resume(slept_s)
 
     def close(self) -> None:
         """The process died: nothing goes in or out any more."""
@@ -369,6 +376,8 @@ class SimHost:
         if frozen is None:
             raise LocalError(f"{self.name} is awake")
         self.loop.thaw(frozen, self.clock, 0.0 if clock_ran else self.loop.instant - self._suspended_at)
+        if not clock_ran:
+            self.loop.call_soon(self.underlay.woke, self.loop.instant - self._suspended_at, context=self.context)
         if self._changed_asleep:
             self._changed_asleep = False
             self.changed()
@@ -395,4 +404,8 @@ def _screen_nothing(source: tuple[str, int], data: bytes) -> bytes | None:
 
 
 def _ignore_change() -> None:
+    """Until the engine listens."""
+
+
+def _ignore_resume(slept_s: float) -> None:
     """Until the engine listens."""

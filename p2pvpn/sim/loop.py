@@ -42,6 +42,10 @@ UNWIND_S = 60.0
 """Virtual seconds that cancelled tasks get for their last words."""
 
 
+ROUNDING_S = 1e-9
+"""A timer of a machine that slept must not go off before its time by that machine's own clock: floats are rounded."""
+
+
 class SimulationError(LocalError):
     """The simulation cannot go on, or something in it failed that nobody caught."""
 

@@ -85,7 +85,7 @@ def answer(sa: IkeSa, received: Received, now: float) -> Reply:
         then.append(Redirected(sa.id, parse_redirect_untrusted(gateway.data)[0], False))
     told = tuple(one for one in message.notifies if one.is_for_the_engine)
     if told:
-        then.append(Informed(sa.id, told))
+        then.append(Informed(sa.id, told, received.path))
     return Reply(tuple(payloads), tuple(then))
 
 

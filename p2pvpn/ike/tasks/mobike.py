@@ -21,7 +21,7 @@ from p2pvpn.ike.config import IkeSettings
 from p2pvpn.ike.message import notifications
 from p2pvpn.ike.nat import HASH_BYTES, detection_notifies, local_nat
 from p2pvpn.ike.notifies import Notify, NotifyType
-from p2pvpn.ike.outputs import MoveFailed, SaMoved
+from p2pvpn.ike.outputs import MoveChild, MoveFailed, SaMoved
 from p2pvpn.ike.payloads import Payload
 
 from .task import Received, Task, Verdict
@@ -35,10 +35,13 @@ COOKIE2_BYTES = 16
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """A move under way. `back` is the return to the path that never was left: nothing is said about it."""
+    """A move under way. `back` is the return to the path that never was left: nothing is said about it. Child SAs are
+    on the new path already when it is `eager`.
+    """
 
     target: Path
     back: bool = False
+    eager: bool = False
 
 
 def is_moving(sa: IkeSa) -> bool:
@@ -47,11 +50,13 @@ def is_moving(sa: IkeSa) -> bool:
     return sa.moving is not None or (waiting is not None and isinstance(waiting.task, _PathTask))
 
 
-def begin_move(sa: IkeSa, path: Path, now: float) -> None:
-    """The original initiator wants this path."""
+def begin_move(sa: IkeSa, path: Path, now: float, *, eager: bool = False) -> None:
+    """The original initiator wants this path. With `eager`, as the old one is dead and the new one is known to reach
+    the peer, Child SAs do not wait for the answer (section 3.5).
+    """
     if sa.moving is not None and not sa.moving.back and path == sa.moving.target:
         return
-    _start(sa, Move(path), now)
+    _start(sa, Move(path, eager=eager), now)
     if not sa.requests.has(UpdateAddresses):
         sa.requests.add_first(UpdateAddresses())
 
@@ -64,6 +69,8 @@ def fail_move(sa: IkeSa, reason: str, now: float) -> None:
         return
     if sa.dialled:
         sa.emit(MoveFailed(sa.id, move.target, reason))
+    if move.eager:
+        _send_children(sa, sa.path)
     _start(sa, Move(sa.path, back=True), now)
     if sa.dialled and not sa.requests.has(UpdateAddresses) and sa.requests.outstanding is None:
         sa.requests.add_first(UpdateAddresses())
@@ -72,8 +79,15 @@ def fail_move(sa: IkeSa, reason: str, now: float) -> None:
 def _start(sa: IkeSa, move: Move, now: float) -> None:
     """Requests go to the move's target from now on, the one under way included (section 3.5)."""
     sa.moving = move
+    if move.eager:
+        _send_children(sa, move.target)
     settings = sa.local.settings
     sa.redirect(move.target, settings.tries if move.back else settings.move_tries, now)
+
+
+def _send_children(sa: IkeSa, path: Path) -> None:
+    for child_id in sa.children:
+        sa.emit(MoveChild(sa.id, child_id, path))
 
 
 class _PathTask(Task):
@@ -119,6 +133,31 @@ class UpdateAddresses(_PathTask):
         return Verdict.DONE
 
 
+def begin_appeal(sa: IkeSa, path: Path, notifies: tuple[Notify, ...], now: float) -> None:
+    """The responder is cut off on the SA's path: it tells the one who may move the SA, over this path. The answer
+    proves that the path works, so our side turns to it without waiting for the move; Child SAs do so at once.
+    """
+    _start(sa, Move(path, eager=True), now)
+    if not sa.requests.has(Appeal):
+        sa.requests.add_first(Appeal(notifies))
+
+
+class Appeal(_PathTask):
+    """A request of the responder over a path that the SA is not on (yet)."""
+
+    def __init__(self, notifies: tuple[Notify, ...]) -> None:
+        super().__init__()
+        self._notifies = notifies
+
+    def request(self, sa: IkeSa) -> list[Payload]:
+        self._built_for = sa.move_path
+        return notifications(self._notifies)
+
+    def answered(self, sa: IkeSa, received: Received, now: float) -> Verdict:
+        self._settle(sa, Appeal(self._notifies), now)
+        return Verdict.DONE
+
+
 class ProveRoute(_PathTask):
     """The responder's COOKIE2: does the peer receive what goes to its new address (section 3.7)?"""
 
@@ -148,11 +187,11 @@ def answer_update(sa: IkeSa, received: Received, then: list[Output], now: float)
     behind = local_nat(message, sa.spi_i, sa.spi_r, received.path)
     if behind is not None:
         sa.peer.local_nat = behind
-    if received.path == sa.move_path:
-        return answer
     if received.path == sa.path or sa.local.settings.routable(received.path.remote):
         if sa.switch(received.path, now):
             then.append(SaMoved(sa.id, received.path))
+        return answer
+    if received.path == sa.move_path:
         return answer
     _start(sa, Move(received.path), now)
     if not sa.requests.has(ProveRoute):
