@@ -28,6 +28,7 @@ COMMANDS = {
     "peers": "show:peers",
     "ping": "show:ping",
     "netcheck": "netcheck:netcheck",
+    "why": "why:why",
     "forget": "show:forget",
     "events": "show:events",
     "demo": "demonstrate:demo",

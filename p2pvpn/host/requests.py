@@ -13,6 +13,7 @@ from p2pvpn.core.errors import Fault, LocalError
 from p2pvpn.mesh.connect import ConnectError
 from p2pvpn.mesh.network import Network
 from p2pvpn.mesh.status import network_status, peer_status
+from p2pvpn.mesh.why import why
 
 from .echo import Echo
 from .service import NetworkService, Problem
@@ -35,6 +36,7 @@ class Requests:
             "resolve": self.resolve,
             "ping": self.ping,
             "netcheck": self.netcheck,
+            "why": self.why,
             "forget": self.forget,
             "invite": self.invite,
             "reload": self.reload,
@@ -99,6 +101,11 @@ class Requests:
                 "this machine is in no network", hint="join one with: p2pvpn join TOKEN", fault=Fault.REFUSED
             )
         return await self._daemon.node.net_check.run()
+
+    async def why(self, peer: str) -> dict[str, object]:
+        """How a peer is reached, why so, what was tried."""
+        network, overlay = await self._find(peer)
+        return why(network, overlay)
 
     async def forget(self, peer: str) -> dict[str, object]:
         network, overlay = await self._find(peer)

@@ -135,6 +135,11 @@ class HardNat:
         self._kept: dict[int, float] = {}
         """Extra sockets of paths in use, and when they were last seen so."""
 
+    @property
+    def theirs(self) -> NatBehaviour:
+        """The peer's NAT, as it says."""
+        return self._theirs
+
     # What happens around us.
 
     def begun(self, sa: LiveSa, notifies: tuple[Notify, ...]) -> None:

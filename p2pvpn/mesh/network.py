@@ -35,6 +35,7 @@ from .directory import Directory
 from .events import DocumentReplaced, HubAttached, HubDetached, MeshEvent
 from .fallback import Fallback
 from .gossip import DocumentGossip
+from .history import History
 from .hub_dial import dial_hub
 from .hubside import HubSide
 from .ike_driver import carried_path
@@ -88,6 +89,7 @@ class Network:
         self._place = place
         self.on_member: Callable[[Member], None] = lambda member: None
         """Told of every member that authenticated to us; an issuer remembers them."""
+        self.history = History()
         self.sessions: dict[IPv6Address, Session] = {}
         self._by_sa: dict[int, Session] = {}
         self.rpc = RpcNode(self.me.overlay, DHT_PORT, services.entropy)
@@ -136,7 +138,15 @@ class Network:
         return self.standing.me
 
     def emit(self, event: MeshEvent) -> None:
+        self.history.note(event, self.wall())
         self._services.emit(event)
+
+    def wall(self) -> float:
+        return self._services.wall()
+
+    @property
+    def now(self) -> float:
+        return self._services.now
 
     @property
     def key(self) -> PeerKey:
