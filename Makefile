@@ -61,6 +61,9 @@ fuzz: $(VENV)/.test ## mutated messages before and behind authentication: ARGS="
 schedules: $(VENV)/.test ## 10,000 seeded schedules of rekeyings and deletions at once on a bad wire
 	PYTHONPATH=. $(BIN)/python -m tests.ike.schedules 10000
 
+roaming: $(VENV)/.test ## how long traffic stands still when networks change: ARGS="--seeds 1-10 --case line"
+	@$(BIN)/python -m tools.roaming $(ARGS)
+
 upgrades: $(VENV)/.test ## twenty upgrades and fall-backs at 1,000 packets a second each way
 	$(BIN)/python -m tools.upgrades $(ARGS)
 
