@@ -23,7 +23,7 @@ from p2pvpn.identity.keys import PeerKey
 from p2pvpn.identity.member import Member
 from p2pvpn.ike.config import Credential, IkeId, Initiate
 from p2pvpn.ike.notifies import Notify
-from p2pvpn.ike.outputs import Informed, Liveness, MoveFailed, SaClosed, SaEstablished, SaMoved
+from p2pvpn.ike.outputs import ChildRekeyed, Informed, Liveness, MoveFailed, SaClosed, SaEstablished, SaMoved
 from p2pvpn.punch.behaviour import NatBehaviour
 from p2pvpn.punch.candidates import Candidate, encode_candidates
 from p2pvpn.punch.traversal import encode_nat
@@ -382,31 +382,27 @@ class Network:
 
     def on_ike(self, output: Output) -> None:
         """An event of an established SA; those of other networks are ignored."""
+        session = self._by_sa.get(getattr(output, "sa", 0))
+        if session is None:
+            return
         match output:
             case SaClosed(sa=sa, reason=reason):
-                session = self._by_sa.pop(sa, None)
-                if session is not None:
-                    session.closed(sa, reason)
-                    self._session_changed(session, reason)
+                del self._by_sa[sa]
+                session.closed(sa, reason)
+                self._session_changed(session, reason)
             case SaMoved(sa=sa, path=path):
-                session = self._by_sa.get(sa)
-                if session is not None:
-                    session.moved(sa, path)
-                    self._tell_relay(session)
+                session.moved(sa, path)
+                self._tell_relay(session)
             case MoveFailed(sa=sa, path=path, reason=reason):
-                session = self._by_sa.get(sa)
-                if session is not None:
-                    session.move_failed(sa, path, reason)
+                session.move_failed(sa, path, reason)
+            case ChildRekeyed(sa=sa, new_id=child_id):
+                session.rekeyed(sa, child_id)
             case Liveness(sa=sa):
-                session = self._by_sa.get(sa)
-                if session is not None:
-                    session.alive(sa)
+                session.alive(sa)
             case Informed(sa=sa, notifies=notifies, path=path):
-                session = self._by_sa.get(sa)
-                if session is not None:
-                    session.informed(sa, notifies, path)
-                    self.nearest.heard(session, notifies)
-                    self._compare_version(session, notifies)
+                session.informed(sa, notifies, path)
+                self.nearest.heard(session, notifies)
+                self._compare_version(session, notifies)
 
     def _session_changed(self, session: Session, reason: str) -> None:
         hub = self.attachments.hub_at(session.overlay)

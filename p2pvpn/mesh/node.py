@@ -20,6 +20,7 @@ from p2pvpn.identity.profile import Profile
 from p2pvpn.ike.config import Credential, IkeSettings
 from p2pvpn.ike.endpoint import IkeEndpoint
 from p2pvpn.ike.outputs import (
+    ChildRekeyed,
     Informed,
     InstallChild,
     Liveness,
@@ -332,6 +333,10 @@ class Node:
                 network = self._network_of.pop(sa, None)
                 if network is not None:
                     network.on_ike(output)
+            case ChildRekeyed(sa=sa, new_id=child_id):
+                self._child_of[sa] = child_id
+                if sa in self._network_of:
+                    self._network_of[sa].on_ike(output)
             case SaMoved(sa=sa) | Informed(sa=sa) | Liveness(sa=sa) | MoveFailed(sa=sa):
                 if sa in self._network_of:
                     self._network_of[sa].on_ike(output)

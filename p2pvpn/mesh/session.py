@@ -282,6 +282,16 @@ class Session:
         if sa is not None:
             sa.alive.set()
 
+    def rekeyed(self, sa_id: int, child_id: int) -> None:
+        """Another Child SA carries the traffic: its counters begin at nothing."""
+        sa = self._sas.get(sa_id)
+        if sa is None:
+            return
+        sa.child_id = child_id
+        if sa is self.current:
+            self.usage = SaUsage()
+            self._silence = Silence(self._services.tuning.loss_suspect_s, self._services.now)
+
     def closed(self, sa_id: int, reason: str) -> None:
         """An SA is gone. If it carried the traffic, another takes over, or the session is down."""
         sa = self._sas.pop(sa_id, None)

@@ -159,18 +159,14 @@ class PunchAgent:
 
     def suggest(self, path: Path, now: float) -> list[Output]:
         """The peer is reached over this path now, as others know: it is worth a check."""
-        if self._closed:
-            return []
         self.checks.suggest(path)
-        return self._finish(now)
+        return [] if self._closed else self._finish(now)
 
     def verify(self, now: float) -> list[Output]:
-        """The chosen path is in doubt: check it now. PathLost follows within about a second, or nothing."""
-        if self._closed:
-            return []
-        if self._selected is not None:
+        """The chosen path is in doubt: check it now. PathSilent, then PathLost within about a second, or nothing."""
+        if self._selected is not None and not self._closed:
             self._verify(self._selected, now)
-        return self._finish(now)
+        return [] if self._closed else self._finish(now)
 
     def close(self) -> list[Output]:
         """The session is over: nothing is sent or answered any more."""
@@ -420,13 +416,13 @@ class PunchAgent:
         else:
             pair.misses += 1
             if pair is self._selected and pair.misses == 1:
-                self._rouse_others(now)
-                if pair.quick_s <= self._settings.verify_s:
-                    self.outbox.say(PathSilent(pair.path))
+                self._rouse_others(pair, now)
         self._probe(pair, now)
 
-    def _rouse_others(self, now: float) -> None:
-        """The chosen path missed an answer: do the next best ones still work?"""
+    def _rouse_others(self, late: Pair, now: float) -> None:
+        """The chosen path missed an answer, which is told if it was in doubt: do the next best ones still work?"""
+        if late.quick_s <= self._settings.verify_s:
+            self.outbox.say(PathSilent(late.path))
         for other in self._spares()[:ALTERNATIVES]:
             if not other.quick_s:
                 other.begin_probe(now, self._settings.miss_s, self._settings.quick_tries)

@@ -213,3 +213,29 @@ def test_a_peer_that_a_hub_wrongly_believes_to_be_there_is_called_through_anothe
             assert report.first_answer_s < 4
 
         life.run(story())
+
+
+@pytest.mark.parametrize("who", ["a", "b"])
+def test_a_child_sa_that_either_end_rekeys_goes_on_being_watched_and_moved(who: str) -> None:
+    life = Life(70)
+
+    async def story() -> None:
+        await life.ping(life.a, life.b)
+        one, other = (life.a, life.b) if who == "a" else (life.b, life.a)
+        before = life.network(one).sessions[other.overlay].current
+        assert before is not None
+        old, sa_id = before.child_id, before.id
+        driver = life.nodes[one.name].services.ike
+        driver.post(lambda now: driver.endpoint.rekey_child(sa_id, old, now))
+        await asyncio.sleep(1)
+        running = Pinger(life.a.host, life.b.overlay, count=300, interval_s=0.02)
+        await asyncio.sleep(2)
+        for machine, peer in ((life.a, life.b), (life.b, life.a)):
+            session = life.network(machine).sessions[peer.overlay]
+            assert session.current is not None
+            assert session.usage.packets_in > 10
+        assert before.child_id != old
+        life.world.move(life.a, life.world.home("full-cone", name="cafe"))
+        assert (await running.done()).longest_gap_s < 0.6
+
+    life.run(story())
