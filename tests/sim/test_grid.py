@@ -38,6 +38,10 @@ RELAYED = [
     Cell(Place("apd/ei/random"), Place("apd/ei/random")),
     Cell(Place("apd/ei/random"), Place("apd/ad/sequential")),
 ]
+GUESSED = [
+    Cell(Place(PORT_RESTRICTED), Place("apd/apd/sequential")),
+    Cell(Place(PORT_RESTRICTED), Place(SYMMETRIC)),
+]
 MAX_CHECKS = 400
 """Of both peers in 20 s; endless ones were found here, where every answer opens one more port."""
 PING_ROUND_TRIPS = 6.0
@@ -63,6 +67,20 @@ def test_cells_without_a_promise_are_connected_over_a_relay(cell):
     assert not outcome.direct
     assert outcome.lost == 0
     assert outcome.checks <= MAX_CHECKS
+
+
+@pytest.mark.parametrize("cell", GUESSED, ids=str)
+def test_ports_of_a_hard_nat_are_guessed(cell):
+    outcome = run(cell)
+    assert outcome.verdict in (Verdict.PREDICTED, Verdict.BIRTHDAY)
+    assert outcome.direct, outcome
+    assert outcome.lost == 0
+
+
+def test_a_peer_without_udp_is_connected_over_tcp():
+    outcome = run(Cell(Place(PORT_RESTRICTED), Place(PORT_RESTRICTED, blocks_udp=True)))
+    assert outcome.verdict is Verdict.STREAM
+    assert outcome.is_as_promised, outcome
 
 
 def test_the_grid_has_every_pair_of_places_once():
