@@ -152,7 +152,13 @@ class Demo:
         story.command("a", f"ping -c 1 {self.overlay['b']}")
         began = time.time()
         ping = _Background(stage, self.overlay["b"], pattern)
-        stage.wait("a packet for b", self._is_asked_for, FIRST_PING_S, lambda: "a's daemon has none", stage.a)
+        stage.wait(
+            "a packet for b",
+            lambda: ping.has_ended() or self._is_asked_for(),
+            FIRST_PING_S,
+            lambda: "a's daemon has none",
+            stage.a,
+        )
         traffic.go()  # right behind the ping, however long that took to start; b answers when it hears the first
         with story.working("the first packet finds its way"):
             figures.first_ping_ms = ping.round_trip_ms()
@@ -429,6 +435,9 @@ class _Background:
         argv = ["ping", "-n", "-c", "1", "-W", str(FIRST_PING_S), "-p", pattern.hex(), target]
         self._output = (ROOT / "first-ping").open("w+")
         self._process = stage.a.popen(argv, stdout=self._output, stderr=self._output)
+
+    def has_ended(self) -> bool:
+        return self._process.poll() is not None
 
     def round_trip_ms(self) -> float | None:
         """Wait for the answer; None when there was none."""
