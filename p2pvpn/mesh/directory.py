@@ -18,7 +18,7 @@ from p2pvpn.core.errors import LocalError, P2pvpnError, TrustError
 from p2pvpn.core.ids import PeerId
 from p2pvpn.core.limits import BoundedTable
 from p2pvpn.dht import records
-from p2pvpn.dht.client import DhtClient
+from p2pvpn.dht.client import DhtClient, NoHubAnsweredError
 from p2pvpn.dht.records import LocatorBody, NameBody
 from p2pvpn.identity.keys import PeerKey
 from p2pvpn.identity.member import Member
@@ -50,6 +50,10 @@ class Owner(Protocol):
     def verify(self, certificate: bytes) -> Member: ...
 
     def public_endpoints(self) -> tuple[Endpoint, ...]: ...
+
+
+class NobodyToAsk(ConnectError):
+    """No hub answered a look-up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,13 +128,25 @@ class Directory:
             return IPv6Address(text)
         except ValueError:
             pass
-        record = await self._lookup(records.key_of_name(self._owner.me.network, text), text)
+        try:
+            record = await self._lookup(records.key_of_name(self._owner.me.network, text), text)
+        except NobodyToAsk:
+            known = self._known_as(text)
+            if known is None:
+                raise
+            return known
         assert isinstance(record.body, NameBody)
         return record.body.overlay
+
+    def _known_as(self, text: str) -> IPv6Address | None:
+        """Whom we met under a name or an IPv4 address: what serves while no hub answers."""
+        return next((one.overlay for _, one in self._members.items() if text in (one.name, str(one.ipv4))), None)
 
     async def _lookup(self, key: bytes, what: str) -> records.Record:
         try:
             record = await self._dht.lookup(key)
+        except NoHubAnsweredError as problem:
+            raise NobodyToAsk("locate", f"{what}: {problem}") from None
         except P2pvpnError as problem:
             raise ConnectError("locate", f"{what}: {problem}") from None
         if record is None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from p2pvpn.mesh.connect import ConnectError
 from p2pvpn.mesh.events import PeerLost
 from p2pvpn.mesh.tuning import Tuning
 from p2pvpn.sim.application import Pinger
@@ -38,6 +39,21 @@ def test_a_new_connection_is_made_while_a_hub_is_dead() -> None:
             life.network(one).forget(other.overlay)
         await asyncio.sleep(1)
         assert (await life.ping(life.a, life.b, count=60)).lost == []
+
+    life.run(story())
+
+
+def test_who_was_met_is_known_by_name_while_no_hub_answers() -> None:
+    life = Life(3)
+
+    async def story() -> None:
+        await life.ping(life.a, life.b)
+        for hub in life.hubs:
+            hub.host.crash()
+        directory = life.network(life.a).directory
+        assert await directory.resolve("b") == life.b.overlay
+        with pytest.raises(ConnectError, match="no hub answered"):
+            await directory.resolve("nobody")
 
     life.run(story())
 
