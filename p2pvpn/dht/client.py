@@ -189,15 +189,15 @@ class DhtClient:
         began = loop.time()
         until = began + LOOKUP_S
         silent = {task for task, hub in asked.items() if self._rpc.is_silent(hub)}
-        awaited = set(asked) - silent
+        pending = set(asked)
         answered = False
         while loop.time() < until:
-            if not awaited and not answered:
-                awaited, silent = silent, set()
-            if not awaited:
+            expected = pending - silent if answered or pending - silent else pending
+            if not expected:
                 break
-            done, awaited = await asyncio.wait(
-                awaited, timeout=until - loop.time(), return_when=asyncio.FIRST_COMPLETED
+            # Who was silent is not waited for, and is heard all the same: it may be back, and the others dead.
+            done, pending = await asyncio.wait(
+                pending, timeout=until - loop.time(), return_when=asyncio.FIRST_COMPLETED
             )
             heard = [task.result() for task in done if not task.cancelled()]
             if any(one.usable and one.sequence >= floor for one in heard):

@@ -2,6 +2,7 @@
 
     CLOCK_BOOTTIME - CLOCK_MONOTONIC     how long the machine has slept since it booted
     CLOCK_REALTIME - CLOCK_MONOTONIC     jumps as well when a virtual machine was stopped: it has no other clock
+    how late this look comes             where every clock ran on: this process alone was stopped
 
 A timer of CLOCK_BOOTTIME that came due during the sleep fires at the moment of waking, so nothing has to look often.
 """
@@ -23,7 +24,7 @@ TICK_S = 2
 LEAST_S = 2.0
 """Sleeps below this are not told."""
 LEAST_JUMP_S = 10.0
-"""The same for the wall clock, which is also set by hand and by NTP."""
+"""The same for the wall clock, which is also set by hand and by NTP, and for lateness: more than a busy machine's."""
 
 _TFD_NONBLOCK, _TFD_CLOEXEC = os.O_NONBLOCK, os.O_CLOEXEC
 _ITIMERSPEC = struct.Struct("@qqqq")
@@ -43,6 +44,7 @@ class SleepWatch:
         self._on_resume = on_resume
         self._boottime, self._monotonic, self._wall = boottime, monotonic, wall
         self._slept_s, self._offset_s = self._offsets()
+        self._looked_at = monotonic()
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._fd: int | None = None
@@ -66,10 +68,12 @@ class SleepWatch:
         slept_s, offset_s = self._offsets()
         nap_s, jump_s = slept_s - self._slept_s, offset_s - self._offset_s
         self._slept_s, self._offset_s = slept_s, offset_s
+        late_s = self._monotonic() - self._looked_at - TICK_S
+        self._looked_at += late_s + TICK_S
         if nap_s >= LEAST_S:
             self._on_resume(nap_s)
-        elif jump_s >= LEAST_JUMP_S:
-            self._on_resume(jump_s)
+        elif max(jump_s, late_s) >= LEAST_JUMP_S:
+            self._on_resume(max(jump_s, late_s))
 
     def _offsets(self) -> tuple[float, float]:
         now = self._monotonic()

@@ -40,7 +40,6 @@ from p2pvpn.punch.proof import Proofs
 from p2pvpn.punch.reflector import Reflector
 from p2pvpn.punch.reflexive import HubDoubted, ReflexiveLearned, ReflexiveLost, ReflexiveProbe
 
-from .awake import watch_clocks
 from .connect import Attempt
 from .events import EventSink
 from .ike_driver import IKE_PORT_WITHOUT_MARKER, IkeDriver
@@ -155,7 +154,6 @@ class Node:
     async def start(self) -> None:
         """Begin to work; networks are added then."""
         self.services.tasks.start(self.services.ike.run(), "IKE")
-        self.services.tasks.start(watch_clocks(self.services.wall, self.network_changed), "clocks")
         self.services.punch_limits.update_subnets(self._underlay.local_networks())
         if self._port_mapper is not None:
             self._port_mapper.start(self._underlay.port)

@@ -376,8 +376,7 @@ class SimHost:
         if frozen is None:
             raise LocalError(f"{self.name} is awake")
         self.loop.thaw(frozen, self.clock, 0.0 if clock_ran else self.loop.instant - self._suspended_at)
-        if not clock_ran:
-            self.loop.call_soon(self.underlay.woke, self.loop.instant - self._suspended_at, context=self.context)
+        self.loop.call_soon(self.underlay.woke, self.loop.instant - self._suspended_at, context=self.context)
         if self._changed_asleep:
             self._changed_asleep = False
             self.changed()

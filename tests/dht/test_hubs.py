@@ -153,6 +153,26 @@ def test_after_all_hubs_were_silent_the_first_question_is_answered_at_once() -> 
     world.run(story())
 
 
+def test_a_hub_that_is_back_is_heard_while_the_one_that_is_waited_for_is_dead() -> None:
+    world = World()
+
+    async def story() -> None:
+        first, second = await world.add_hubs(2)
+        who, peer = await world.peer("laptop")
+        _, asker = await world.peer("desktop")
+        await peer.publish(who.record(world.wall()), need=2)
+        first.silence()
+        assert await asker.lookup(who.key) is not None
+        await asyncio.sleep(60)
+        first.revive()
+        second.silence()
+        since = world.now
+        assert await asker.lookup(who.key, fresh=True) is not None
+        assert took(world, since) < RTT_S
+
+    world.run(story())
+
+
 def test_many_questions_for_what_is_not_there_ask_the_other_hubs_once() -> None:
     world = World()
 

@@ -6,7 +6,7 @@ import asyncio
 import os
 import select
 
-from p2pvpn.host.sleep import SleepWatch, boottime_timer
+from p2pvpn.host.sleep import TICK_S, SleepWatch, boottime_timer
 
 
 class Clocks:
@@ -42,9 +42,14 @@ def watched(*steps: tuple[str, float]) -> list[float]:
         for kind, seconds in steps:
             if kind == "set":
                 clocks.wall += seconds
-            else:
-                getattr(clocks, kind)(seconds)
-            watch.look()
+            elif kind == "stop":
+                clocks.run(seconds)
+            elif kind == "sleep":
+                clocks.sleep(seconds)
+            for _ in range(int(seconds / TICK_S) if kind == "run" else 1):
+                if kind == "run":
+                    clocks.run(TICK_S)
+                watch.look()
         watch.close()
 
     asyncio.run(story())
@@ -56,11 +61,15 @@ def test_a_sleep_is_told_once_with_its_length() -> None:
 
 
 def test_time_that_passes_and_a_clock_that_is_corrected_are_no_sleep() -> None:
-    assert watched(("run", 1e6), ("set", 3.0), ("set", -5000.0), ("sleep", 0.5)) == []
+    assert watched(("run", 1e4), ("set", 3.0), ("stop", 6.0), ("set", -5000.0), ("sleep", 0.5)) == []
 
 
 def test_a_virtual_machine_that_was_stopped_has_slept() -> None:
     assert watched(("set", 600.0)) == [600.0]
+
+
+def test_a_process_that_was_stopped_has_slept() -> None:
+    assert watched(("run", 10.0), ("stop", 62.0), ("run", 10.0)) == [60.0]
 
 
 def test_the_timer_of_the_boot_time_clock_goes_off() -> None:
