@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 CORES := p2pvpn/core/*,p2pvpn/crypto/*,p2pvpn/identity/*,p2pvpn/dht/*,p2pvpn/punch/*,p2pvpn/ike/*,p2pvpn/esp/*,p2pvpn/relay/*
 
-.PHONY: help demo test check lint unit coverage bench bench-ike fuzz schedules sim nat-grid hard-nat upgrades bad-input flood planes tcp-speed idle-cost fresh clean
+.PHONY: help demo test check lint unit coverage bench bench-ike fuzz schedules sim nat-grid hard-nat hard-nat-demo upgrades bad-input flood planes tcp-speed idle-cost fresh clean
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -51,6 +51,9 @@ nat-grid: $(VENV)/.test ## every pair of NATs: direct or relayed, how fast, at w
 
 hard-nat: $(VENV)/.test ## 500 pairs of a random and a port-restricted NAT: ARGS="--hard symmetric/sequential"
 	@$(BIN)/python -m tools.hard_nat $(ARGS)
+
+hard-nat-demo: $(VENV)/.test ## the birthday method on a real kernel's fully random masquerade
+	$(BIN)/pytest tests/lab/test_demo.py -k random_nat $(ARGS)
 
 bench-ike: $(VENV)/.test ## CPU time of an IKE responder, ours and strongSwan's
 	PYTHONPATH=.:tests $(BIN)/python -m tools.bench_ike $(ARGS)

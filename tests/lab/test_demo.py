@@ -96,7 +96,7 @@ def test_only_where_ports_do_not_matter_must_a_symmetric_nat_be_passed() -> None
 
 
 @pytest.mark.netns
-@pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.timeout(360)
 def test_a_random_nat_is_passed_by_the_birthday_method_and_loses_nothing(tmp_path: Path) -> None:
     """On a real kernel's fully random masquerade. One run in fifty does not meet, so there are two."""
