@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import p2pvpn
 from p2pvpn.core.errors import Fault, LocalError
-from p2pvpn.host.control import ControlServer
 from p2pvpn.punch import explain
 from p2pvpn.punch.behaviour import Allocation, Filtering, Mapping
+
+from .beside import beside
 
 BEHIND_A_NAT: dict[str, Any] = {
     "family": "IPv4",
@@ -70,30 +67,8 @@ ANSWER: dict[str, Any] = {
 
 
 def netcheck(root: Path, answer: dict[str, Any] | LocalError, *arguments: str) -> tuple[int, str, str]:
-    """Run the command beside a daemon that answers so; its code and what it printed."""
-
-    async def handle(method: str, params: dict[str, Any]) -> object:
-        if method == "version":
-            return p2pvpn.__version__
-        assert method == "netcheck"
-        if isinstance(answer, LocalError):
-            raise answer
-        return answer
-
-    async def run() -> tuple[int, str, str]:
-        server = ControlServer(root / "control.sock", handle)
-        await server.start()
-        command = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "p2pvpn.cli.main", "netcheck", *arguments),
-            env={**os.environ, "P2PVPN_RUNTIME_DIR": str(root), "COLUMNS": "120"},
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-        )
-        out, err = await command.communicate()
-        await server.close()
-        return command.returncode or 0, out.decode(), err.decode()
-
-    return asyncio.run(run())
+    """Beside a daemon that answers so; the code and what was printed."""
+    return beside(root, ("netcheck", {}), answer, "netcheck", *arguments)
 
 
 def test_it_says_what_was_found_and_what_that_means(tmp_path: Path) -> None:

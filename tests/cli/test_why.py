@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
-import p2pvpn
 from p2pvpn.core.errors import Fault, LocalError
-from p2pvpn.host.control import ControlServer
+
+from .beside import beside
 
 NAT = {"mapping": "endpoint-dependent", "filtering": "unknown", "allocation": "random", "lifetime_s": None}
 PAIR = {
@@ -49,31 +46,8 @@ ANSWER: dict[str, Any] = {
 
 
 def told(root: Path, answer: dict[str, Any] | LocalError | None, *arguments: str) -> tuple[int, str, str]:
-    """Run the command beside a daemon that answers so, or beside none; its code and what it printed."""
-
-    async def handle(method: str, params: dict[str, Any]) -> object:
-        if method == "version":
-            return p2pvpn.__version__
-        assert (method, params) == ("why", {"peer": "desktop"})
-        if isinstance(answer, LocalError):
-            raise answer
-        return answer
-
-    async def run() -> tuple[int, str, str]:
-        server = ControlServer(root / "control.sock", handle)
-        if answer is not None:
-            await server.start()
-        command = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "p2pvpn.cli.main", "why", "desktop", *arguments),
-            env={**os.environ, "P2PVPN_RUNTIME_DIR": str(root), "COLUMNS": "140"},
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-        )
-        out, err = await command.communicate()
-        await server.close()
-        return command.returncode or 0, out.decode(), err.decode()
-
-    return asyncio.run(run())
+    """Beside a daemon that answers so, or beside none; the code and what was printed."""
+    return beside(root, ("why", {"peer": "desktop"}), answer, "why", "desktop", *arguments)
 
 
 def test_one_screen_says_path_reason_pairs_and_remedy(tmp_path: Path) -> None:

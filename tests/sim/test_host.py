@@ -13,34 +13,12 @@ from p2pvpn.esp.engine import Reason
 from p2pvpn.mesh.ports import Forwarder, Plane, StateStore, Underlay
 from p2pvpn.sim import packet as ip
 from p2pvpn.sim.application import Flow, Pinger, ping
-from p2pvpn.sim.host import SimHost, current_host
-from p2pvpn.sim.internet import ACCESS, Internet, Quality
-from p2pvpn.sim.loop import VirtualLoop
+from p2pvpn.sim.host import SimHost
+from p2pvpn.sim.internet import ACCESS, Quality
 
-from .tunnels import NETWORK, child, connect, open_network, overlay, public_host
+from .tunnels import NETWORK, Echo, child, connect, open_network, overlay, pair_network, public_host
 
 A, B = overlay(0xA), overlay(0xB)
-
-
-@pytest.fixture
-def net():
-    loop = VirtualLoop()
-    yield Internet(loop, 1)
-    loop.close()
-
-
-@pytest.fixture
-def pair(net):
-    """Two connected hosts: `a` at fd00::a and 10.99.0.10, `b` at fd00::b and 10.99.0.11."""
-    hosts = [public_host(net, name, f"192.0.2.{number}") for name, number in (("a", 10), ("b", 11))]
-
-    async def story():
-        for number, host in enumerate(hosts):
-            await open_network(host, (A, B)[number])
-        await connect(*hosts, "192.0.2.10:4500", "192.0.2.11:4500")
-
-    net.loop.run(story())
-    return hosts
 
 
 def test_the_ports_are_those_that_the_engine_asks_for(net):
@@ -150,22 +128,6 @@ def test_the_underlay_gets_all_but_esp_with_the_address_it_came_to(net):
     ]
 
 
-class Echo(asyncio.DatagramProtocol):
-    def __init__(self):
-        self.got, self.lost = [], None
-
-    def connection_made(self, transport):
-        self.transport = transport
-
-    def datagram_received(self, data, addr):
-        self.got.append((data, addr))
-        if data.startswith(b"?"):
-            self.transport.sendto(data[1:], addr)
-
-    def connection_lost(self, exc):
-        self.lost = exc or "closed"
-
-
 def test_library_code_opens_sockets_on_overlay_addresses(net, pair):
     net.loop.network = pair_network(pair)
 
@@ -198,15 +160,6 @@ def test_library_code_opens_sockets_on_overlay_addresses(net, pair):
         assert connected.got[0][0] == b"x"
 
     net.loop.run(story())
-
-
-def pair_network(hosts):
-    class Network:
-        def open_udp(self, protocol, local, remote):
-            host = next((host for host in hosts if host.owns(local[0])), hosts[0])
-            return host.open_udp(protocol, local, remote)
-
-    return Network()
 
 
 def test_oversized_packets_teach_the_stack_the_path_mtu(net, pair):
@@ -339,94 +292,6 @@ def test_the_forwarder_passes_bytes_between_bound_sources_only(net):
     net.loop.run(story())
 
 
-def test_a_crash_takes_everything_away_in_silence_and_the_store_survives(net, pair):
-    b = pair[1]
-    b.store.write("identity", b"key", secret=True)
-    last_words = []
-
-    async def lives():
-        assert current_host.get() is b
-        try:
-            await asyncio.sleep(1000)
-        finally:
-            b_underlay.send(Path(Endpoint("0.0.0.0", 4500), Endpoint("192.0.2.10", 4500)), b"\0\0\0\0goodbye")
-            last_words.append(net.loop.elapsed)
-
-    b_underlay = b.underlay
-    heard = []
-    pair[0].underlay.on_datagram = lambda path, data: heard.append(data)
-    net.loop.network = pair_network(pair)
-
-    async def story():
-        task = b.spawn(lives())
-        _, socket = await net.loop.create_datagram_endpoint(Echo, local_addr=(str(B), 5555))
-        await asyncio.sleep(1)
-        b.crash()
-        b.crash()
-        assert (await ping(pair[0], B, wait_s=0.5)).answered == 0
-        assert task.cancelled()
-        assert last_words
-        b.restart()
-        socket.transport.sendto(b"from the grave", (str(A), 5555))
-        b_underlay.send(Path(Endpoint("0.0.0.0", 4500), Endpoint("192.0.2.10", 4500)), b"\0\0\0\0grave")
-        await asyncio.sleep(1)
-        assert heard == []
-        assert b.underlay is not b_underlay
-        assert b.plane.stacks == {}
-        assert b.store.read("identity") == b"key"
-        b.underlay.send(Path(Endpoint("0.0.0.0", 4500), Endpoint("192.0.2.10", 4500)), b"\0\0\0\0alive")
-        await asyncio.sleep(1)
-        assert heard == [b"\0\0\0\0alive"]
-        b.crash(lose_disk=True)
-        b.restart()
-        assert b.store.read("identity") is None
-
-    net.loop.run(story())
-
-
-def test_a_crash_ends_all_that_came_of_the_hosts_tasks_and_nothing_else(net, pair):
-    ticks = []
-
-    def tick(name):
-        ticks.append((name, net.loop.elapsed))
-        net.loop.call_later(0.1, tick, name)
-
-    async def child(name):
-        while True:
-            await asyncio.sleep(0.1)
-            ticks.append((f"{name} child", net.loop.elapsed))
-
-    async def start(name):
-        tick(name)
-        tasks.append(asyncio.create_task(child(name)))
-
-    tasks = []
-
-    async def story():
-        for host in pair:
-            await host.spawn(start(host.name))
-        await asyncio.sleep(1)
-        pair[1].crash()
-        crashed_at = net.loop.elapsed
-        pair[1].restart()
-        await asyncio.sleep(1)
-        assert {name for name, at in ticks if at > crashed_at} == {"a", "a child"}
-        assert [task.done() for task in tasks] == [False, True]
-
-    net.loop.run(story())
-
-
-def test_a_full_disk_refuses_and_keeps_the_old_content(net):
-    store = SimHost(net, "host").store
-    store.write("file", b"old")
-    store.is_full = True
-    with pytest.raises(LocalError):
-        store.write("file", b"new")
-    assert store.read("file") == b"old"
-    store.delete("file")
-    assert store.read("file") is None
-
-
 def test_a_network_is_opened_once_and_closed_with_its_sas(net, pair):
     async def story():
         with pytest.raises(LocalError):
@@ -465,59 +330,3 @@ def test_packets_survive_fragments_in_any_order_and_no_bit_error(source, destina
     spoiled = inner._replace(payload=inner.payload[:-1] + bytes([inner.payload[-1] ^ 1]))
     with pytest.raises(WireError):
         ip.udp_untrusted(spoiled)
-
-
-@pytest.mark.parametrize("clock_ran", [False, True])
-def test_a_suspended_host_is_silent_and_goes_on_where_it_stopped(net, pair, clock_ran):
-    host, ticks = pair[0], []
-
-    async def tick():
-        loop = asyncio.get_running_loop()
-        for _ in range(100):
-            await asyncio.sleep(1.0)
-            ticks.append((net.loop.instant, loop.time()))
-
-    async def story():
-        began = net.loop.instant
-        host.spawn(tick())
-        await asyncio.sleep(3.5)
-        host.suspend()
-        assert (await ping(pair[1], A)).lost == [0]
-        await asyncio.sleep(3600.0 - (net.loop.instant - began - 3.5))
-        assert len(ticks) == 3
-        host.resume(clock_ran=clock_ran)
-        await asyncio.sleep(2.2)
-        world, own = zip(*[(world - began, own - began) for world, own in ticks], strict=True)
-        if clock_ran:
-            assert own == world == pytest.approx((1, 2, 3, 3603.5, 3604.5, 3605.5))
-        else:
-            assert world == pytest.approx((1, 2, 3, 3604, 3605))
-            assert own == pytest.approx((1, 2, 3, 4, 5))
-        assert (await ping(pair[1], A)).lost == []
-        assert (await ping(host, B)).lost == []
-
-    net.loop.run(story(), 7200)
-
-
-def test_a_suspended_host_hears_of_a_new_network_when_it_wakes_and_can_crash_asleep(net, pair):
-    host, changes = pair[0], []
-    host.underlay.on_change = lambda: changes.append(net.loop.elapsed)
-
-    async def story():
-        host.suspend()
-        host.move(net.public, "192.0.2.99")
-        await asyncio.sleep(10)
-        assert changes == []
-        host.resume()
-        await asyncio.sleep(1)
-        assert changes == [pytest.approx(10, abs=0.1)]
-        host.suspend()
-        with pytest.raises(LocalError):
-            host.suspend()
-        host.crash()
-        with pytest.raises(LocalError):
-            host.resume()
-        host.restart()
-        assert not host.is_suspended
-
-    net.loop.run(story())

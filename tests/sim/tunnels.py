@@ -1,5 +1,6 @@
 """Hosts and Child SAs for tests that need no mesh: what IKE would negotiate, made by hand."""
 
+import asyncio
 import ipaddress
 
 from p2pvpn.core.address import Endpoint, Path
@@ -55,3 +56,28 @@ async def connect(one, other, to_one, to_other, *, number=1):
         await host.plane.install(child(number, local, remote, to))
     for host in (one, other):
         await host.plane.use(number)
+
+
+class Echo(asyncio.DatagramProtocol):
+    def __init__(self):
+        self.got, self.lost = [], None
+
+    def connection_made(self, transport):
+        self.transport = transport
+
+    def datagram_received(self, data, addr):
+        self.got.append((data, addr))
+        if data.startswith(b"?"):
+            self.transport.sendto(data[1:], addr)
+
+    def connection_lost(self, exc):
+        self.lost = exc or "closed"
+
+
+def pair_network(hosts):
+    class Network:
+        def open_udp(self, protocol, local, remote):
+            host = next((host for host in hosts if host.owns(local[0])), hosts[0])
+            return host.open_udp(protocol, local, remote)
+
+    return Network()

@@ -7,6 +7,7 @@ first, or the router speaks another protocol.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Protocol
 
 from p2pvpn.core.address import Endpoint
@@ -109,7 +110,7 @@ class PcpDialogue:
         if answer.opcode != pcp.Opcode.MAP or (answer.nonce is not None and answer.nonce != self._nonce):
             raise WireError("not an answer to us")
         if answer.result != pcp.Result.SUCCESS:
-            return Denied(pcp.result_name(answer.result), answer.lifetime_s)
+            return Denied(_reason(pcp.Result, answer.result), answer.lifetime_s)
         if answer.external is None or (answer.protocol, answer.internal_port) != (pcp.UDP, self._local.port):
             raise WireError("a mapping that was not asked for")
         if not answer.lifetime_s:
@@ -148,7 +149,7 @@ class NatPmpDialogue:
     def take_untrusted(self, data: bytes) -> Step:
         answer = natpmp.parse_response_untrusted(data)
         if answer.result != natpmp.Result.SUCCESS:
-            return Denied(natpmp.result_name(answer.result), REST_S)
+            return Denied(_reason(natpmp.Result, answer.result), REST_S)
         if isinstance(answer, natpmp.AddressResponse):
             if self._address is not None:
                 raise WireError("answered before")
@@ -163,3 +164,11 @@ class NatPmpDialogue:
         if not isinstance(answer, natpmp.AddressResponse):
             raise WireError("not an announcement")
         return answer.epoch_s
+
+
+def _reason(results: type[IntEnum], code: int) -> str:
+    """A router's result code as a person reads it."""
+    try:
+        return results(code).name.lower().replace("_", " ")
+    except ValueError:
+        return f"error {code}"

@@ -36,14 +36,6 @@ class Result(IntEnum):
     UNSUPPORTED_OPCODE = 5
 
 
-def result_name(code: int) -> str:
-    """A result code as a person reads it."""
-    try:
-        return Result(code).name.lower().replace("_", " ")
-    except ValueError:
-        return f"error {code}"
-
-
 @dataclass(frozen=True, slots=True)
 class AddressResponse:
     """The router's external address; None with an error."""

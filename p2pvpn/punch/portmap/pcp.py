@@ -62,14 +62,6 @@ class Result(IntEnum):
     EXCESSIVE_REMOTE_PEERS = 13
 
 
-def result_name(code: int) -> str:
-    """A result code as a person reads it."""
-    try:
-        return Result(code).name.lower().replace("_", " ")
-    except ValueError:
-        return f"error {code}"
-
-
 @dataclass(frozen=True, slots=True)
 class Response:
     """An answer. `nonce`, `protocol`, `internal_port` and `external` are of MAP; None and 0 in any other."""
